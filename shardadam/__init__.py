@@ -1,0 +1,64 @@
+"""optax.adam whose state lives in shards.
+
+The names below are imported on first use, so that `import shardadam` (and the command line's `--help`) does not
+wait for JAX.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shardadam.checkpoint import Checkpointer
+    from shardadam.layout import LeafPlan, pack, unpack
+    from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
+    from shardadam.plan import Plan, make_plan
+    from shardadam.sharding import ShardingError, audit
+    from shardadam.train_state import TrainState
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpointer": "checkpoint",
+    "LeafPlan": "layout",
+    "Plan": "plan",
+    "ShardingError": "sharding",
+    "TrainState": "train_state",
+    "adam": "optimizer",
+    "adamw": "optimizer",
+    "audit": "sharding",
+    "make_plan": "plan",
+    "nadam": "optimizer",
+    "nadamw": "optimizer",
+    "pack": "layout",
+    "scale_by_adam": "optimizer",
+    "unpack": "layout",
+}
+
+__all__ = [
+    "Checkpointer",
+    "LeafPlan",
+    "Plan",
+    "ShardingError",
+    "TrainState",
+    "adam",
+    "adamw",
+    "audit",
+    "make_plan",
+    "nadam",
+    "nadamw",
+    "pack",
+    "scale_by_adam",
+    "unpack",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'shardadam' has no attribute '{name}'")
+    value = getattr(import_module(f"shardadam.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

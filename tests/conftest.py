@@ -1,0 +1,29 @@
+"""Eight simulated CPU devices, strict dtype promotion, warnings as errors: set before JAX starts its backend."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import settings
+from jax.sharding import AxisType, Mesh
+
+settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("ci")
+
+
+def make_mesh(sizes, axis_type=AxisType.Auto):
+    """A Mesh over the first simulated devices: `make_mesh({"data": 4, "model": 2}, AxisType.Explicit)`."""
+    shape = tuple(sizes.values())
+    types = axis_type if isinstance(axis_type, tuple) else (axis_type,) * len(shape)
+    devices = np.array(jax.devices()[: int(np.prod(shape))]).reshape(shape)
+    return Mesh(devices, tuple(sizes), axis_types=types)
+
+
+@pytest.fixture(scope="session")
+def data_mesh():
+    return make_mesh({"data": 8})
