@@ -1,0 +1,314 @@
+"""`adam`, `adamw`, `nadam`, `nadamw`: the plan, the maths and the placement as optax transformations."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike, DTypeLike
+
+from shardadam.layout import LeafPlan
+from shardadam.moments import Hyperparams, safe_increment, update_leaf
+from shardadam.plan import Plan, is_none, make_plan, path_name, spec_of
+from shardadam.sharding import ambient_mesh, axes_of_type, constrain, named_sharding, only_axes
+from shardadam.update import check_shapes, update_on_mesh
+
+ScalarOrSchedule = ArrayLike | Callable[[Any], ArrayLike]
+
+
+class ShardedTransformation(optax.GradientTransformationExtraArgs):
+    """An optax transformation whose state lives in shards.
+
+    `update` takes two keywords more than optax's, with which `shardadam.TrainState` adds the updates on the shards.
+    `shards_of` is the Plan in whose layout grads and params already are, and the updates shall stay. With
+    `packed=False` that holds for its natural and whole leaves only, and packed ones have their parameter's shape.
+    """
+
+    plan_of: Callable[..., Plan | None]  # params -> the plan of their state; None where there is no mesh
+
+
+def scale_by_adam(
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | tuple[str, ...] = "data",
+    plan: Plan | None = None,
+) -> ShardedTransformation:
+    """`adam` before its learning rate, as `optax.scale_by_adam`; the arguments, maths and errors are `adam`'s."""
+    mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
+    hyperparams = Hyperparams(b1, b2, eps, eps_root)
+    plan_of = functools.partial(_resolve, mesh=mesh, axis_name=axis_name, plan=plan)
+
+    def init_fn(params: Any) -> optax.ScaleByAdamState:
+        on = plan_of(params)
+
+        def zeros(dtype: Any) -> Any:
+            return jax.tree_util.tree_map_with_path(
+                lambda k, x: _zeros(x, dtype) if on is None else _shard_zeros(on.leaf(path_name(k)), dtype, on), params
+            )
+
+        count = jnp.zeros([], jnp.int32)
+        return optax.ScaleByAdamState(
+            count=count if on is None else constrain(count, on.mesh, P()), mu=zeros(mu_dtype), nu=zeros(None)
+        )
+
+    def update_fn(
+        updates: Any,
+        state: optax.ScaleByAdamState,
+        params: Any = None,
+        *,
+        shards_of: Plan | None = None,
+        packed: bool = True,
+        **extra: Any,
+    ) -> tuple[Any, optax.ScaleByAdamState]:
+        del extra
+        on = shards_of or plan_of(updates if params is None else params)
+        keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
+        count = safe_increment(state.count)
+        # A None gradient takes its moments with it, as in optax.
+        present = [i for i, (_, g) in enumerate(keyed) if g is not None]
+        columns = [g for _, g in keyed], treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
+        grads, mu, nu = ([column[i] for i in present] for column in columns)
+        if on is None:
+            steps = [
+                update_leaf(*leaf, count, hyperparams, nesterov=nesterov) for leaf in zip(grads, mu, nu, strict=True)
+            ]
+        else:
+            paths = [path_name(keyed[i][0]) for i in present]
+            leaves = tuple(on.leaf(path) for path in paths)
+            sharded = tuple(shards_of is not None and (packed or leaf.layout != "packed") for leaf in leaves)
+            check_shapes(paths, leaves, sharded, grads, mu, nu)
+            steps = update_on_mesh(grads, mu, nu, count, hyperparams, leaves, sharded, on.mesh, nesterov)
+
+        def tree(field: int) -> Any:
+            whole: list[Any] = [None] * len(keyed)
+            for i, step in zip(present, steps, strict=True):
+                whole[i] = step[field]
+            return treedef.unflatten(whole)
+
+        return tree(0), optax.ScaleByAdamState(count=count, mu=tree(1), nu=tree(2))
+
+    return _transformation(init_fn, update_fn, plan_of)
+
+
+def adam(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    *,
+    nesterov: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | tuple[str, ...] = "data",
+    plan: Plan | None = None,
+) -> ShardedTransformation:
+    r"""`optax.adam`, with mu and nu partitioned over the device mesh.
+
+    The maths, with t the number of the step (`shardadam.moments.update_leaf` has it in full)::
+
+        mu_t   = b1 mu + (1 - b1) g              mu_hat = mu_t / (1 - b1^t)
+        nu_t   = b2 nu + (1 - b2) |g|^2          nu_hat = nu_t / (1 - b2^t)
+        update = -learning_rate mu_hat / (sqrt(nu_hat + eps_root) + eps)
+
+    Under `jit` it gives params, mu and nu that are bit-identical to those of a jitted `optax.adam`.
+
+    Args:
+      learning_rate: a scalar, an array of shape (), or a schedule: a function of the step's number.
+      b1: decay of mu.
+      b2: decay of nu.
+      eps: added to the denominator, outside of the square root.
+      eps_root: added inside of the square root; needed to differentiate through the update.
+      mu_dtype: dtype of mu; default: that of the parameters.
+      nesterov: use Nesterov momentum (Dozat 2016).
+      mesh: the mesh to split the state over. Default: the one `jax.set_mesh` made current; with none, or with one
+        device, this is plain optax. On Explicit axes the parameters' specs are seen; on Auto axes they are not, the
+        parameters are taken to be replicated, and a warning says so.
+      axis_name: the mesh axis or axes to split the state over.
+      plan: a plan from `make_plan`, for parameters that are sharded over Auto axes, or another layout or min_size. It
+        has its own mesh and axes, so `axis_name` is not used; `mesh` is, where the plan was made without devices.
+
+    Returns:
+      An optax `GradientTransformationExtraArgs` whose state is optax's own: `ScaleByAdamState(count, mu, nu)` first in
+      the chain's tuple. A leaf in the packed layout is held as (rows, 1024); see `LeafPlan`.
+
+    Raises:
+      ValueError: on `init` or `update`: a tree or a shape that the plan does not have, an axis that the mesh has not.
+
+    Example:
+      >>> tx = adam(3e-4, mesh=jax.make_mesh((1,), ("data",)))
+      >>> params = {"kernel": jnp.ones((8, 128))}
+      >>> updates, state = tx.update(params, tx.init(params), params)
+
+    References:
+      Kingma & Ba, Adam: A Method for Stochastic Optimization, 2014, Algorithm 1 (arXiv 1412.6980).
+      Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019 (arXiv 1910.02054).
+    """
+    first = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, mesh=mesh, axis_name=axis_name, plan=plan)
+    return _chain(first, optax.scale_by_learning_rate(learning_rate))
+
+
+def adamw(
+    learning_rate: ScalarOrSchedule,
+    b1: ArrayLike = 0.9,
+    b2: ArrayLike = 0.999,
+    eps: ArrayLike = 1e-8,
+    eps_root: ArrayLike = 0.0,
+    mu_dtype: DTypeLike | None = None,
+    weight_decay: ScalarOrSchedule = 1e-4,
+    mask: Any = None,
+    *,
+    nesterov: bool = False,
+    mesh: Mesh | AbstractMesh | None = None,
+    axis_name: str | tuple[str, ...] = "data",
+    plan: Plan | None = None,
+) -> ShardedTransformation:
+    """`optax.adamw`, with mu and nu partitioned over the device mesh: `adam` plus decoupled weight decay.
+
+    update = -learning_rate (mu_hat / (sqrt(nu_hat + eps_root) + eps) + weight_decay params)
+
+    Args:
+      learning_rate: as for `adam`, and so are all arguments that are not named here.
+      b1: see `adam`.
+      b2: see `adam`.
+      eps: see `adam`.
+      eps_root: see `adam`.
+      mu_dtype: see `adam`.
+      weight_decay: a scalar or a schedule; multiplied with the learning rate.
+      mask: a tree of bools like the parameters, or a function of them that returns one: True where to decay.
+      nesterov: see `adam`.
+      mesh: see `adam`.
+      axis_name: see `adam`.
+      plan: see `adam`.
+
+    References:
+      Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2017 (arXiv 1711.05101).
+    """
+    first = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, mesh=mesh, axis_name=axis_name, plan=plan)
+    rest = optax.scale_by_learning_rate(learning_rate)
+    masked = _chain(first, optax.add_decayed_weights(weight_decay, mask), rest)
+    if not callable(mask):
+        return masked
+
+    def update_fn(updates: Any, state: Any, params: Any = None, *, shards_of: Plan | None = None, **extra: Any) -> Any:
+        if shards_of is None:
+            return masked.update(updates, state, params, **extra)
+        # A mask may go by the shape of a parameter: it is asked about that, not about the packed array.
+        shaped = jax.tree_util.tree_map_with_path(lambda k, _: _abstract(shards_of.leaf(path_name(k))), params)
+        decay = optax.add_decayed_weights(weight_decay, mask(shaped))
+        return optax.chain(first, decay, rest).update(updates, state, params, shards_of=shards_of, **extra)
+
+    return _transformation(masked.init, update_fn, first.plan_of)
+
+
+nadam = functools.partial(adam, nesterov=True)
+nadam.__doc__ = "`adam` with Nesterov momentum, as `optax.nadam` (Dozat 2016)."
+
+nadamw = functools.partial(adamw, nesterov=True)
+nadamw.__doc__ = "`adamw` with Nesterov momentum, as `optax.nadamw` (Dozat 2016)."
+
+
+def _transformation(init: Any, update: Any, plan_of: Callable[..., Plan | None]) -> ShardedTransformation:
+    tx = ShardedTransformation(init, update)
+    tx.plan_of = plan_of
+    return tx
+
+
+def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) -> ShardedTransformation:
+    """`optax.chain` whose counters start on the mesh as well, so that the second step compiles nothing anew."""
+    chain = optax.chain(first, *rest)
+
+    def init_fn(params: Any) -> Any:
+        state = chain.init(params)
+        on = first.plan_of(params, quiet=True)
+        return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
+
+    return _transformation(init_fn, chain.update, first.plan_of)
+
+
+def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """A fresh array of one device, replicated over the mesh; anything that has its place already, as it is."""
+    placed = isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or x.committed
+    return x if placed else constrain(x, mesh, P())
+
+
+def _resolve(
+    params: Any,
+    *,
+    mesh: Mesh | AbstractMesh | None,
+    axis_name: str | tuple[str, ...],
+    plan: Plan | None,
+    quiet: bool = False,
+) -> Plan | None:
+    """The plan for these parameters, on a mesh of devices wherever one is known; None where plain optax will do."""
+    if plan is not None:
+        plan = _bind(plan, mesh or ambient_mesh())
+        return None if plan.mesh.size == 1 else plan
+    if mesh is None:
+        mesh = ambient_mesh()
+        names = (axis_name,) if isinstance(axis_name, str) else axis_name
+        if mesh is None or not set(names) <= set(mesh.axis_names):
+            return None
+    if mesh.size == 1:
+        return None
+    auto = axes_of_type(mesh, AxisType.Auto)
+    specs = jax.tree.map(lambda x: only_axes(spec_of(x), axes_of_type(mesh, AxisType.Explicit), np.ndim(x)), params)
+    plan = make_plan(params, mesh, axis_name=axis_name, param_specs=specs)
+    if auto and not quiet:
+        _warn_unseen(params, auto, plan)
+    return plan
+
+
+@functools.lru_cache(maxsize=16)
+def _bind(plan: Plan, mesh: Mesh | AbstractMesh | None) -> Plan:
+    """The plan on a mesh of devices, where it was made without."""
+    if mesh is None or isinstance(plan.mesh, Mesh) or mesh.axis_names != plan.mesh.axis_names:
+        return plan
+    if mesh.axis_sizes != plan.mesh.axis_sizes:
+        raise ValueError(f"plan: made for the mesh {dict(plan.mesh.shape)}, used on {dict(mesh.shape)}; plan again")
+    return Plan(mesh=mesh, axis_names=plan.axis_names, items=plan.items)
+
+
+def _warn_unseen(params: Any, auto: tuple[str, ...], plan: Plan) -> None:
+    """Says what it costs that the parameters' specs cannot be seen on Auto axes: only where it may cost something."""
+    leaves = jax.tree.leaves(params)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
+    sharded = any(axis in auto for x in leaves for e in spec_of(x) if e for axis in ((e,) if isinstance(e, str) else e))
+    if not traced and not sharded:
+        return
+    warnings.warn(
+        f"shardadam: under jit the parameters' shardings over the Auto mesh axes {auto} cannot be seen, and no plan "
+        f"was given: they are taken to be replicated. Where they are sharded, the result is right, but each update gathers "
+        f"gradients and updates over those axes, and mu and nu are split into {plan.num_shards} shards, over "
+        f"{plan.axis_names} only. Pass a plan: shardadam.adam(..., plan=shardadam.make_plan(params, mesh)), made from "
+        "the placed parameters outside of jit; or use Explicit axes (jax.make_mesh).",
+        stacklevel=5,
+    )
+
+
+def _zeros(x: Any, dtype: Any) -> jax.Array:
+    return jnp.zeros(np.shape(x), dtype or jnp.result_type(x))
+
+
+def _abstract(leaf: LeafPlan) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _shard_zeros(leaf: LeafPlan, dtype: Any, plan: Plan) -> jax.Array:
+    """Zeros in the state's layout, made in shards: never whole on a device."""
+    shape, dtype = leaf.state_shape, dtype or leaf.dtype
+    if isinstance(plan.mesh, Mesh):
+        return jnp.zeros(shape, dtype, device=named_sharding(plan.mesh, leaf.state_spec, len(shape)))
+    return constrain(jnp.zeros(shape, dtype), plan.mesh, leaf.state_spec)

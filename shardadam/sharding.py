@@ -1,0 +1,230 @@
+"""A plan on a mesh: NamedShardings, bringing leaves to the state's layout and back, and `audit`."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardadam.layout import LANES, Entries, LeafPlan, canonical_spec, entries, pack, unpack
+from shardadam.plan import Plan, path_name
+
+
+class ShardingError(ValueError):
+    """A leaf of the state is not where its plan says."""
+
+
+def axes_of_type(mesh: Mesh | AbstractMesh, axis_type: AxisType) -> tuple[str, ...]:
+    """The names of the mesh's axes of one type."""
+    return tuple(name for name, t in zip(mesh.axis_names, mesh.axis_types, strict=True) if t == axis_type)
+
+
+def named_sharding(mesh: Mesh | AbstractMesh, spec: P, ndim: int) -> NamedSharding:
+    """The sharding that jit's outputs carry for `spec`, so that eager arrays hit the same compiled program.
+
+    With Explicit axes the spec has an entry per dim; with Auto axes none that is trailing and empty.
+    """
+    if axes_of_type(mesh, AxisType.Explicit):
+        spec = P(*spec, *[None] * (ndim - len(spec)))
+    return NamedSharding(mesh, spec)
+
+
+def ambient_mesh() -> Mesh | AbstractMesh | None:
+    """The mesh that `jax.set_mesh` made current: concrete outside of a trace, abstract within; None without one."""
+    try:
+        mesh = jax.sharding.get_mesh()
+    except ValueError:  # Inside a trace only the abstract mesh can be asked for.
+        mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh
+
+
+def constrain(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
+    """`x` with the sharding `spec`, on Auto, Explicit and mixed meshes, traced or not.
+
+    `jax.reshard` says nothing to Auto axes and `with_sharding_constraint` nothing to Explicit ones, each in silence:
+    every axis is asked for in its own way.
+    """
+    if not isinstance(x, jax.core.Tracer):
+        return jax.device_put(x, named_sharding(mesh, spec, x.ndim))
+    explicit, auto = axes_of_type(mesh, AxisType.Explicit), axes_of_type(mesh, AxisType.Auto)
+    if explicit:
+        x = jax.reshard(x, NamedSharding(mesh, only_axes(spec, explicit, x.ndim)))
+    if auto:
+        x = jax.lax.with_sharding_constraint(x, NamedSharding(mesh, only_axes(spec, auto, x.ndim)))
+    return x
+
+
+def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Brings a parameter-shaped array to the layout and the sharding of the state. Inverse of `unpack_leaf`.
+
+    Args:
+      x: an array of `leaf.shape`, of any dtype: a gradient, a parameter, a moment.
+      leaf: the leaf's plan.
+      mesh: the mesh to place it on.
+
+    Returns:
+      An array of `leaf.state_shape`, sharded by `leaf.state_spec`; zeros where the padding is.
+    """
+    # The parameter's own spec first: asked for the state's at once, sharding propagation would reach into the loss.
+    x = constrain(x, mesh, leaf.param_spec)
+    if leaf.layout == "packed":
+        rows = leaf.elements_per_device // LANES
+
+        def own_rows(part: jax.Array) -> jax.Array:
+            first = jax.lax.axis_index(leaf.shard_axes) * rows
+            return jax.lax.dynamic_slice_in_dim(pack(part, leaf.num_shards), first, rows)
+
+        # Manual axes: on Auto ones the state's sharding would propagate through the reshape, and cost permutes.
+        x = jax.shard_map(own_rows, mesh=mesh, in_specs=leaf.param_spec, out_specs=leaf.state_spec)(x)
+    return constrain(x, mesh, leaf.state_spec)
+
+
+def unpack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Brings an array in the state's layout back to the parameter's shape and spec: an all-gather.
+
+    Inverse of `pack_leaf`.
+
+    Args:
+      x: an array of `leaf.state_shape`.
+      leaf: the leaf's plan.
+      mesh: the mesh to place it on.
+
+    Returns:
+      An array of `leaf.shape`, sharded by `leaf.param_spec`.
+    """
+    x = constrain(x, mesh, leaf.state_spec)
+    if leaf.layout == "packed":
+        parts = canonical_spec(
+            (leaf.part_axes,)
+        )  # Gathered over the shard axes: the parameter's parts, one below the other.
+        dims = zip(leaf.shape, entries(leaf.param_spec, len(leaf.shape)), strict=True)
+        shape = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in dims)
+        x = constrain(x, mesh, parts)
+        x = jax.shard_map(lambda part: unpack(part, shape), mesh=mesh, in_specs=parts, out_specs=leaf.param_spec)(x)
+    return constrain(x, mesh, leaf.param_spec)
+
+
+def only_axes(spec: P, axes: tuple[str, ...], ndim: int) -> P:
+    """The part of a spec that speaks of some axes."""
+    kept: Entries = tuple(tuple(axis for axis in e if axis in axes) for e in entries(spec, ndim))
+    return canonical_spec(kept)
+
+
+def map_moments(f: Callable[[LeafPlan, Any, str], Any], state: Any, plan: Plan) -> Any:
+    """`f(leaf_plan, leaf, path)` for every leaf of mu and nu in each `optax.ScaleByAdamState` of a tree.
+
+    Args:
+      f: gets the plan of the leaf, the leaf (whatever it is: an array, a ShapeDtypeStruct, a sharding) and its keypath.
+      state: any tree, such as a TrainState or an optax chain's state. All its other leaves are kept as they are.
+      plan: the plan that has a leaf for every keypath below mu and nu.
+
+    Returns:
+      A tree of the same structure.
+
+    Raises:
+      ValueError: a moment that the plan does not know.
+    """
+
+    def is_adam(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByAdamState)
+
+    def node(x: Any) -> Any:
+        return x._replace(mu=map_leaves(f, x.mu, plan), nu=map_leaves(f, x.nu, plan)) if is_adam(x) else x
+
+    return jax.tree.map(node, state, is_leaf=is_adam)
+
+
+def map_leaves(f: Callable[[LeafPlan, Any, str], Any], tree: Any, plan: Plan) -> Any:
+    """`f(leaf_plan, leaf, path)` for every leaf of a tree like the parameters: params, grads, mu or nu."""
+    return jax.tree_util.tree_map_with_path(lambda k, x: f(plan.leaf(path_name(k)), x, path_name(k)), tree)
+
+
+def state_shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh | None = None) -> Any:
+    """The shardings of a state's leaves: mu and nu by the plan, others by their own, replicated where they have none.
+
+    Args:
+      state: a tree of arrays or ShapeDtypeStructs.
+      plan: where the moments live.
+      mesh: default: the plan's.
+
+    Returns:
+      A tree of NamedShardings of the same structure.
+    """
+    mesh = plan.mesh if mesh is None else mesh
+
+    def own(x: Any) -> NamedSharding:
+        sharding = getattr(x, "sharding", None)
+        known = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
+        return named_sharding(mesh, P(*sharding.spec) if known else P(), jnp.ndim(x))
+
+    placed = jax.tree.map(own, state)
+    return map_moments(lambda leaf, _, path: named_sharding(mesh, leaf.state_spec, len(leaf.state_shape)), placed, plan)
+
+
+def audit(state: Any, plan: Plan) -> None:
+    """Checks that every mu and nu in a state is where its plan says.
+
+    Args:
+      state: a tree of arrays (or of ShapeDtypeStructs with shardings) with at least one `optax.ScaleByAdamState`.
+      plan: the plan.
+
+    Raises:
+      ShardingError: names each leaf that is replicated, on one device, split in another way, in another memory, or of
+        another shape or dtype, with what was got, what was wanted and what to do; or says that there is no Adam state.
+    """
+    found, faults = [], []
+
+    def check(leaf: LeafPlan, x: Any, path: str) -> Any:
+        found.append(path)
+        if (fault := _fault(leaf, x, plan)) is not None:
+            faults.append(f"`{path}`: {fault}")
+        return x
+
+    map_moments(check, state, plan)
+    if not found and plan.items:
+        raise ShardingError(f"no optax.ScaleByAdamState in {type(state).__name__}: got none, wanted one with mu and nu")
+    if faults:
+        raise ShardingError(
+            f"{len(faults)} of {len(found)} leaves of mu and nu are not where the plan says:\n  "
+            + "\n  ".join(faults)
+            + "\nMake the state with this plan's own init, shardadam.adam(..., plan=plan).init(params), and keep jit's "
+            "out_shardings off it."
+        )
+
+
+def _fault(leaf: LeafPlan, x: Any, plan: Plan) -> str | None:
+    """What is wrong with one leaf of mu or nu; None if nothing is."""
+    if jnp.shape(x) != leaf.state_shape:
+        return f"got shape {jnp.shape(x)}, wanted {leaf.state_shape} ({leaf.layout})"
+    if jnp.issubdtype(x.dtype, jnp.complexfloating) != jnp.issubdtype(leaf.dtype, jnp.complexfloating) or not (
+        jnp.issubdtype(x.dtype, jnp.inexact)
+    ):
+        return f"got dtype {x.dtype}, wanted one of the kind of {leaf.dtype}"
+    wanted = named_sharding(plan.mesh, leaf.state_spec, x.ndim)
+    got = getattr(x, "sharding", None)
+    if got is None:
+        return f"got an array without a sharding, wanted {leaf.state_spec}"
+    if got.memory_kind not in (None, _default_memory(got)):
+        return f"got memory {got.memory_kind!r}, wanted the devices' own"
+    if got.num_devices != plan.mesh.size:
+        return f"got {got.num_devices} device(s), wanted {leaf.state_spec} over {plan.mesh.size}"
+    if isinstance(plan.mesh, AbstractMesh):
+        same = isinstance(got, NamedSharding) and entries(P(*got.spec), x.ndim) == entries(leaf.state_spec, x.ndim)
+    else:
+        same = got.is_equivalent_to(wanted, x.ndim)
+    if not same:
+        what = "a replicated array" if got.is_fully_replicated else f"{getattr(got, 'spec', got)}"
+        return f"got {what}, wanted {leaf.state_spec} ({leaf.layout})"
+    return None
+
+
+def _default_memory(sharding: Any) -> str | None:
+    """The memory kind that arrays on the sharding's devices live in unless told otherwise."""
+    mesh = getattr(sharding, "mesh", None)
+    if isinstance(mesh, AbstractMesh):
+        return sharding.memory_kind
+    return next(iter(sharding.device_set)).default_memory().kind

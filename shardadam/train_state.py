@@ -1,0 +1,159 @@
+"""Flax's TrainState with its optimizer state in shards from the start, and the update added on the shards."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+from flax.training import train_state
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardadam.layout import LeafPlan
+from shardadam.optimizer import ShardedTransformation
+from shardadam.plan import Plan, make_plan
+from shardadam.sharding import audit, constrain, map_leaves, named_sharding, pack_leaf, state_shardings, unpack_leaf
+
+
+class TrainState(train_state.TrainState):
+    """`flax.training.train_state.TrainState`, created sharded and updated in shards.
+
+    What is different from Flax's: `opt_state` is never whole on a device; `step` starts as an int32 array, so that a
+    jitted step compiles once; `apply_gradients` adds the updates on each device's shard and gathers the new parameters
+    in their own dtype: one all-gather per leaf, and no tree of full-size updates. Parameters keep their own shardings.
+
+    Attributes:
+      plan: where mu and nu of every parameter live. Static: it is no leaf of the tree.
+    """
+
+    plan: Plan = struct.field(pytree_node=False)
+
+    @classmethod
+    def create(cls, *, apply_fn: Any, params: Any, tx: Any, plan: Plan | None = None, **kwargs: Any) -> "TrainState":
+        """A state at step 0.
+
+        Args:
+          apply_fn: usually `model.apply`.
+          params: a tree of arrays, or of tracers under `jit` and `eval_shape`. Those that are not on the plan's mesh
+            yet are placed there.
+          tx: `shardadam.adam(...)` or one of its family, alone or within optax's combinators.
+          plan: default: the plan that `tx` has or makes; within an optax combinator, which hides it, one made from the
+            mesh and the specs of `params`.
+          **kwargs: the further fields of a subclass.
+
+        Returns:
+          A `TrainState`.
+
+        Raises:
+          ValueError: no plan was given and none can be made.
+          ShardingError: `tx` made a state that is not where the plan says.
+
+        Example:
+          >>> mesh = jax.make_mesh((1,), ("data",))
+          >>> plan = make_plan({"w": jnp.ones((8, 128))}, mesh)
+          >>> tx = shardadam.adam(1e-3, plan=plan)
+          >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones((8, 128))}, tx=tx)
+          >>> int(state.apply_gradients(grads=state.params).step)
+          1
+        """
+        trained = _trained(params)
+        if plan is None:
+            plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
+        if plan is None:
+            plan = _plan_from(trained)
+        concrete = isinstance(plan.mesh, Mesh) and not any(
+            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)
+        )
+        if concrete:
+            params = jax.tree.map(lambda x: _on(plan.mesh, x), params)
+        opt_state = tx.init(_trained(params))
+        step = jnp.zeros([], jnp.int32)
+        if concrete:
+            step, opt_state = jax.tree.map(lambda x: _on(plan.mesh, x), (step, opt_state))
+            audit(opt_state, plan)
+        return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **kwargs)
+
+    @property
+    def shardings(self) -> "TrainState":
+        """A TrainState of NamedShardings: of the parameters and moments by the plan, of all else by their own."""
+        placed = state_shardings(self, self.plan)
+        params = map_leaves(
+            lambda leaf, x, path: named_sharding(self.plan.mesh, leaf.param_spec, len(leaf.shape)),
+            _trained(self.params),
+            self.plan,
+        )
+        return placed.replace(params=_with_trained(placed.params, params))
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """One step: the updates are added on each device's shards, then the new parameters are gathered.
+
+        Args:
+          grads: a tree like `params`.
+          **kwargs: fields to replace in addition.
+
+        Returns:
+          The state after the step, `step` greater by one; nothing in it waits for the host.
+        """
+        params, opt_state = _apply(_trained(grads), self.opt_state, _trained(self.params), tx=self.tx, plan=self.plan)
+        return self.replace(step=self.step + 1, params=_with_trained(grads, params), opt_state=opt_state, **kwargs)
+
+
+@functools.partial(jax.jit, static_argnames=("tx", "plan"), inline=True)
+def _apply(grads: Any, opt_state: Any, params: Any, *, tx: Any, plan: Plan) -> tuple[Any, Any]:
+    # Within a combinator of optax's, something else may go by a parameter's shape (a mask on ndim): packed leaves then
+    # keep that shape outside of Adam, and only their updates are gathered instead.
+    packed = isinstance(tx, ShardedTransformation)
+
+    def sharded(leaf: LeafPlan) -> bool:
+        return packed or leaf.layout != "packed"
+
+    def to_shards(leaf: LeafPlan, x: Any, path: str) -> Any:
+        return pack_leaf(x, leaf, plan.mesh) if x is not None and sharded(leaf) else x
+
+    def to_whole(leaf: LeafPlan, x: Any, path: str) -> Any:
+        return constrain(x, plan.mesh, leaf.param_spec) if not sharded(leaf) else unpack_leaf(x, leaf, plan.mesh)
+
+    shards = map_leaves(to_shards, params, plan)
+    grads = map_leaves(to_shards, grads, plan)
+    updates, opt_state = optax.with_extra_args_support(tx).update(
+        grads, opt_state, shards, shards_of=plan, packed=packed
+    )
+    return map_leaves(to_whole, optax.apply_updates(shards, updates), plan), opt_state
+
+
+def _trained(tree: Any) -> Any:
+    """The part of params or grads that the optimizer sees: Flax keeps fp8 statistics beside it."""
+    return tree["params"] if _overwrites(tree) else tree
+
+
+def _with_trained(tree: Any, trained: Any) -> Any:
+    """`tree` with the trained part new; gradients of fp8 statistics are their new values. Inverse of `_trained`."""
+    if not _overwrites(tree):
+        return trained
+    return {"params": trained, OVERWRITE_WITH_GRADIENT: tree[OVERWRITE_WITH_GRADIENT]}
+
+
+def _overwrites(tree: Any) -> bool:
+    return isinstance(tree, dict) and OVERWRITE_WITH_GRADIENT in tree
+
+
+def _on(mesh: Mesh, x: Any) -> Any:
+    """`x` on the mesh: as it is where it has its place there, replicated otherwise."""
+    sharding = getattr(x, "sharding", None)
+    placed = isinstance(sharding, NamedSharding) and sharding.mesh.devices.size == mesh.devices.size
+    return x if placed or isinstance(x, jax.ShapeDtypeStruct) else constrain(jnp.asarray(x), mesh, P())
+
+
+def _plan_from(params: Any) -> Plan:
+    """A plan on the mesh that the parameters are on."""
+    for x in jax.tree.leaves(params):
+        sharding = getattr(x, "sharding", None)
+        if isinstance(sharding, NamedSharding) and "data" in sharding.mesh.axis_names:
+            return make_plan(params, sharding.mesh)
+    raise ValueError(
+        "TrainState.create: no plan: got an optimizer that does not say its own, and parameters that are on no mesh "
+        "with an axis 'data'; wanted plan=shardadam.make_plan(params, mesh)"
+    )

@@ -1,0 +1,131 @@
+"""Adam on the shards of many leaves: gradients to the state's layout, the kernel, the updates back to the parameters'."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardadam.layout import LANES, LeafPlan
+from shardadam.moments import Hyperparams, Step, update_leaf
+from shardadam.sharding import constrain, pack_leaf, unpack_leaf
+
+
+def check_shapes(
+    paths: Sequence[str], leaves: Sequence[LeafPlan], sharded: Sequence[bool], grads: Any, mu: Any, nu: Any
+) -> None:
+    """Refuses what does not fit the plan by the leaf's name, before XLA does by an operand's number."""
+    for path, leaf, in_shards, g, *moments in zip(paths, leaves, sharded, grads, mu, nu, strict=True):
+        wanted = leaf.state_shape if in_shards else leaf.shape
+        if jnp.shape(g) != wanted:
+            raise ValueError(
+                f"`{path}`: the gradient has shape {jnp.shape(g)}, the plan has {wanted}; make the plan from the "
+                "parameters that these are the gradients of"
+            )
+        for name, x in zip(("mu", "nu"), moments, strict=True):
+            if jnp.shape(x) != leaf.state_shape:
+                raise ValueError(
+                    f"`{path}`: {name} has shape {jnp.shape(x)}, the plan has {leaf.state_shape} ({leaf.layout}); the "
+                    "state was made with another plan, or by optax: use this transformation's own init, or restore the "
+                    "state with shardadam.Checkpointer, which converts"
+                )
+
+
+def update_on_mesh(
+    grads: list[jax.Array],
+    mu: list[jax.Array],
+    nu: list[jax.Array],
+    count: jax.Array,
+    hyperparams: Hyperparams,
+    leaves: tuple[LeafPlan, ...],
+    sharded: tuple[bool, ...],
+    mesh: Mesh | AbstractMesh,
+    nesterov: bool,
+) -> list[Step]:
+    """Adam on the shards, from gradients and to updates that are in shards themselves where `sharded` says so."""
+    if isinstance(mesh, Mesh):  # Eager gradients may still be on one device.
+        grads = [
+            g if in_shards or isinstance(g, jax.core.Tracer) else constrain(g, mesh, leaf.param_spec)
+            for g, leaf, in_shards in zip(grads, leaves, sharded, strict=True)
+        ]
+    # Python scalars stay Python's: 1 - b1 is taken in double precision, as in optax, and folded into the program.
+    static = tuple(h if isinstance(h, int | float) else None for h in hyperparams)
+    arrays = tuple(None if isinstance(h, int | float) else jnp.asarray(h) for h in hyperparams)
+    options = _Options(static, leaves, sharded, mesh, nesterov)
+    return _kernel(grads, mu, nu, count, arrays, options=options)
+
+
+class _Options(NamedTuple):
+    """What one compiled update is specialised on."""
+
+    hyperparams: tuple[float | None, ...]
+    leaves: tuple[LeafPlan, ...]
+    sharded: tuple[bool, ...]
+    mesh: Mesh | AbstractMesh
+    nesterov: bool
+
+
+@functools.partial(jax.jit, static_argnames="options", inline=True)
+def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _Options) -> list[Step]:
+    """Gradients to the state's layout, Adam on each device's shards, the updates back to the parameters' own specs."""
+    _, leaves, sharded, mesh, nesterov = options
+
+    def each(f: Callable[..., Any], *columns: Any) -> list[Any]:
+        return [f(*row) for row in zip(*columns, strict=True)]
+
+    def place(xs: Any) -> list[jax.Array]:
+        return each(lambda x, leaf: constrain(x, mesh, leaf.state_spec), xs, leaves)
+
+    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any) -> list[Step]:
+        given = zip(options.hyperparams, arrays, strict=True)
+        hyperparams = Hyperparams(*(array if scalar is None else scalar for scalar, array in given))
+
+        def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> Step:
+            return update_leaf(g, m, v, count, _defined_on_padding(hyperparams, leaf, v), nesterov=nesterov)
+
+        return each(one, leaves, grads, mu, nu)
+
+    grads = each(lambda g, leaf, in_shards: g if in_shards else pack_leaf(g, leaf, mesh), grads, leaves, sharded)
+    grads = each(_as_value, place(grads), leaves)
+    scalars = jax.tree.map(lambda x: constrain(x, mesh, P()), (count, arrays))
+    specs = [leaf.state_spec for leaf in leaves]
+    # Manual axes: XLA sees the very program of one device, and so rounds and fuses as it does there.
+    steps = jax.shard_map(
+        on_shards,
+        mesh=mesh,
+        in_specs=(specs, specs, specs, *jax.tree.map(lambda _: P(), scalars)),
+        out_specs=[Step(spec, spec, spec) for spec in specs],
+    )(grads, place(mu), place(nu), *scalars)
+
+    def pin(step: Step, leaf: LeafPlan, in_shards: bool) -> Step:
+        u, mu, nu = (constrain(x, mesh, leaf.state_spec) for x in step)
+        return Step(u if in_shards else unpack_leaf(u, leaf, mesh), mu, nu)
+
+    return each(pin, steps, leaves, sharded)
+
+
+def _as_value(g: jax.Array, leaf: LeafPlan) -> jax.Array:
+    """A gradient's shard as a value of its own.
+
+    Without the barrier XLA:CPU fuses its slice into the moments' sums, and for odd shapes contracts b1 mu + (1 - b1) g
+    into the other of its two FMAs than in the program of one device, an ulp away from optax. Costs 1/N of a gradient.
+    """
+    return jax.lax.optimization_barrier(g) if leaf.num_shards > 1 else g
+
+
+def _defined_on_padding(hyperparams: Hyperparams, leaf: LeafPlan, nu: jax.Array) -> Hyperparams:
+    """Hyperparameters for one shard with eps = 1 where the padding is, so that its update is 0 / 1, never 0 / 0.
+
+    Then a norm over the shards is exact. Selecting on the update instead would part its product with the learning rate
+    from the sum with the parameter, which one FMA takes on one device.
+    """
+    if not leaf.padding:
+        return hyperparams
+    row = jax.lax.axis_index(leaf.shard_axes) * nu.shape[0] + jax.lax.broadcasted_iota(jnp.int32, nu.shape, 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, 1)
+    full, rest = divmod(leaf.size // leaf.num_parts, LANES)
+    real = (row < full) | ((row == full) & (lane < rest))
+    return hyperparams._replace(eps=jnp.where(real, jnp.asarray(hyperparams.eps, nu.dtype), jnp.ones((), nu.dtype)))
