@@ -1,7 +1,6 @@
 """`adam`, `adamw`, `nadam`, `nadamw`: the plan, the maths and the placement as optax transformations."""
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from shardadam.layout import LeafPlan
-from shardadam.moments import Hyperparams, safe_increment, update_leaf
-from shardadam.plan import Plan, is_none, make_plan, path_name, spec_of
-from shardadam.sharding import ambient_mesh, axes_of_type, constrain, named_sharding, only_axes
+from shardadam.moments import Hyperparams, bias_corrections, safe_increment, update_leaf
+from shardadam.placement import resolve_plan
+from shardadam.plan import Plan, is_none, path_name
+from shardadam.sharding import constrain, named_sharding
 from shardadam.update import check_shapes, update_on_mesh
-
-ScalarOrSchedule = ArrayLike | Callable[[Any], ArrayLike]
 
 
 class ShardedTransformation(optax.GradientTransformationExtraArgs):
@@ -48,7 +46,7 @@ def scale_by_adam(
     """`adam` before its learning rate, as `optax.scale_by_adam`; the arguments, maths and errors are `adam`'s."""
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
     hyperparams = Hyperparams(b1, b2, eps, eps_root)
-    plan_of = functools.partial(_resolve, mesh=mesh, axis_name=axis_name, plan=plan)
+    plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
 
     def init_fn(params: Any) -> optax.ScaleByAdamState:
         on = plan_of(params)
@@ -75,14 +73,16 @@ def scale_by_adam(
         del extra
         on = shards_of or plan_of(updates if params is None else params)
         keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
-        count = safe_increment(state.count)
+        count = safe_increment(jnp.asarray(state.count))
         # A None gradient takes its moments with it, as in optax.
         present = [i for i, (_, g) in enumerate(keyed) if g is not None]
         columns = [g for _, g in keyed], treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
         grads, mu, nu = ([column[i] for i in present] for column in columns)
         if on is None:
+            corrections = bias_corrections(count, hyperparams)
             steps = [
-                update_leaf(*leaf, count, hyperparams, nesterov=nesterov) for leaf in zip(grads, mu, nu, strict=True)
+                update_leaf(*leaf, hyperparams, corrections, nesterov=nesterov)
+                for leaf in zip(grads, mu, nu, strict=True)
             ]
         else:
             paths = [path_name(keyed[i][0]) for i in present]
@@ -103,7 +103,7 @@ def scale_by_adam(
 
 
 def adam(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
@@ -161,13 +161,13 @@ def adam(
 
 
 def adamw(
-    learning_rate: ScalarOrSchedule,
+    learning_rate: optax.ScalarOrSchedule,
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ScalarOrSchedule = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
     nesterov: bool = False,
@@ -244,60 +244,6 @@ def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:
     return x if placed else constrain(x, mesh, P())
 
 
-def _resolve(
-    params: Any,
-    *,
-    mesh: Mesh | AbstractMesh | None,
-    axis_name: str | tuple[str, ...],
-    plan: Plan | None,
-    quiet: bool = False,
-) -> Plan | None:
-    """The plan for these parameters, on a mesh of devices wherever one is known; None where plain optax will do."""
-    if plan is not None:
-        plan = _bind(plan, mesh or ambient_mesh())
-        return None if plan.mesh.size == 1 else plan
-    if mesh is None:
-        mesh = ambient_mesh()
-        names = (axis_name,) if isinstance(axis_name, str) else axis_name
-        if mesh is None or not set(names) <= set(mesh.axis_names):
-            return None
-    if mesh.size == 1:
-        return None
-    auto = axes_of_type(mesh, AxisType.Auto)
-    specs = jax.tree.map(lambda x: only_axes(spec_of(x), axes_of_type(mesh, AxisType.Explicit), np.ndim(x)), params)
-    plan = make_plan(params, mesh, axis_name=axis_name, param_specs=specs)
-    if auto and not quiet:
-        _warn_unseen(params, auto, plan)
-    return plan
-
-
-@functools.lru_cache(maxsize=16)
-def _bind(plan: Plan, mesh: Mesh | AbstractMesh | None) -> Plan:
-    """The plan on a mesh of devices, where it was made without."""
-    if mesh is None or isinstance(plan.mesh, Mesh) or mesh.axis_names != plan.mesh.axis_names:
-        return plan
-    if mesh.axis_sizes != plan.mesh.axis_sizes:
-        raise ValueError(f"plan: made for the mesh {dict(plan.mesh.shape)}, used on {dict(mesh.shape)}; plan again")
-    return Plan(mesh=mesh, axis_names=plan.axis_names, items=plan.items)
-
-
-def _warn_unseen(params: Any, auto: tuple[str, ...], plan: Plan) -> None:
-    """Says what it costs that the parameters' specs cannot be seen on Auto axes: only where it may cost something."""
-    leaves = jax.tree.leaves(params)
-    traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
-    sharded = any(axis in auto for x in leaves for e in spec_of(x) if e for axis in ((e,) if isinstance(e, str) else e))
-    if not traced and not sharded:
-        return
-    warnings.warn(
-        f"shardadam: under jit the parameters' shardings over the Auto mesh axes {auto} cannot be seen, and no plan "
-        f"was given: they are taken to be replicated. Where they are sharded, the result is right, but each update gathers "
-        f"gradients and updates over those axes, and mu and nu are split into {plan.num_shards} shards, over "
-        f"{plan.axis_names} only. Pass a plan: shardadam.adam(..., plan=shardadam.make_plan(params, mesh)), made from "
-        "the placed parameters outside of jit; or use Explicit axes (jax.make_mesh).",
-        stacklevel=5,
-    )
-
-
 def _zeros(x: Any, dtype: Any) -> jax.Array:
     return jnp.zeros(np.shape(x), dtype or jnp.result_type(x))
 
@@ -309,6 +255,6 @@ def _abstract(leaf: LeafPlan) -> jax.ShapeDtypeStruct:
 def _shard_zeros(leaf: LeafPlan, dtype: Any, plan: Plan) -> jax.Array:
     """Zeros in the state's layout, made in shards: never whole on a device."""
     shape, dtype = leaf.state_shape, dtype or leaf.dtype
-    if isinstance(plan.mesh, Mesh):
-        return jnp.zeros(shape, dtype, device=named_sharding(plan.mesh, leaf.state_spec, len(shape)))
-    return constrain(jnp.zeros(shape, dtype), plan.mesh, leaf.state_spec)
+    concrete = isinstance(plan.mesh, Mesh)
+    x = jnp.zeros(shape, dtype, device=named_sharding(plan.mesh, leaf.state_spec, len(shape)) if concrete else None)
+    return constrain(x, plan.mesh, leaf.state_spec) if isinstance(x, jax.core.Tracer) or not concrete else x

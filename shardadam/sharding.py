@@ -26,20 +26,13 @@ def axes_of_type(mesh: Mesh | AbstractMesh, axis_type: AxisType) -> tuple[str, .
 def named_sharding(mesh: Mesh | AbstractMesh, spec: P, ndim: int) -> NamedSharding:
     """The sharding that jit's outputs carry for `spec`, so that eager arrays hit the same compiled program.
 
-    With Explicit axes the spec has an entry per dim; with Auto axes none that is trailing and empty.
+    A mesh with Explicit axes gives a spec an entry per dim, unless it names an Auto axis: then, as on a mesh of only
+    Auto axes, none that is trailing and empty.
     """
-    if axes_of_type(mesh, AxisType.Explicit):
+    auto = axes_of_type(mesh, AxisType.Auto)
+    if len(auto) < len(mesh.axis_names) and not any(axis in auto for axes in entries(spec, ndim) for axis in axes):
         spec = P(*spec, *[None] * (ndim - len(spec)))
     return NamedSharding(mesh, spec)
-
-
-def ambient_mesh() -> Mesh | AbstractMesh | None:
-    """The mesh that `jax.set_mesh` made current: concrete outside of a trace, abstract within; None without one."""
-    try:
-        mesh = jax.sharding.get_mesh()
-    except ValueError:  # Inside a trace only the abstract mesh can be asked for.
-        mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty else mesh
 
 
 def constrain(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
@@ -158,8 +151,9 @@ def state_shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh | None = N
 
     def own(x: Any) -> NamedSharding:
         sharding = getattr(x, "sharding", None)
-        known = isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names
-        return named_sharding(mesh, P(*sharding.spec) if known else P(), jnp.ndim(x))
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
+            return named_sharding(mesh, P(*sharding.spec), jnp.ndim(x))
+        return named_sharding(mesh, P(), jnp.ndim(x))
 
     placed = jax.tree.map(own, state)
     return map_moments(lambda leaf, _, path: named_sharding(mesh, leaf.state_spec, len(leaf.state_shape)), placed, plan)

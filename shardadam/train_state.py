@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LeafPlan
 from shardadam.optimizer import ShardedTransformation
+from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
 from shardadam.sharding import audit, constrain, map_leaves, named_sharding, pack_leaf, state_shardings, unpack_leaf
 
@@ -62,17 +64,12 @@ class TrainState(train_state.TrainState):
         trained = _trained(params)
         if plan is None:
             plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
-        if plan is None:
-            plan = _plan_from(trained)
-        concrete = isinstance(plan.mesh, Mesh) and not any(
-            isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params)
-        )
-        if concrete:
-            params = jax.tree.map(lambda x: _on(plan.mesh, x), params)
-        opt_state = tx.init(_trained(params))
-        step = jnp.zeros([], jnp.int32)
-        if concrete:
-            step, opt_state = jax.tree.map(lambda x: _on(plan.mesh, x), (step, opt_state))
+        plan = _plan_from(trained) if plan is None else bind(plan, ambient_mesh())
+        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
+        mesh = None if traced or not isinstance(plan.mesh, Mesh) else plan.mesh
+        params = _on(mesh, params)
+        step, opt_state = _on(mesh, (jnp.zeros([], jnp.int32), tx.init(_trained(params))))
+        if mesh is not None:
             audit(opt_state, plan)
         return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **kwargs)
 
@@ -140,20 +137,29 @@ def _overwrites(tree: Any) -> bool:
     return isinstance(tree, dict) and OVERWRITE_WITH_GRADIENT in tree
 
 
-def _on(mesh: Mesh, x: Any) -> Any:
-    """`x` on the mesh: as it is where it has its place there, replicated otherwise."""
-    sharding = getattr(x, "sharding", None)
-    placed = isinstance(sharding, NamedSharding) and sharding.mesh.devices.size == mesh.devices.size
-    return x if placed or isinstance(x, jax.ShapeDtypeStruct) else constrain(jnp.asarray(x), mesh, P())
+def _on(mesh: Mesh | None, tree: Any) -> Any:
+    """Arrays on the mesh: those that have their place there as they are, all others replicated."""
+    if mesh is None:
+        return tree
+
+    def put(x: Any) -> Any:
+        sharding = getattr(x, "sharding", None)
+        placed = isinstance(sharding, NamedSharding) and sharding.num_devices == mesh.size
+        return x if placed or isinstance(x, jax.ShapeDtypeStruct) else constrain(jnp.asarray(x), mesh, P())
+
+    return jax.tree.map(put, tree)
 
 
 def _plan_from(params: Any) -> Plan:
-    """A plan on the mesh that the parameters are on."""
+    """A plan on the mesh that the parameters are on; on the only device there is, where they are on none."""
     for x in jax.tree.leaves(params):
         sharding = getattr(x, "sharding", None)
         if isinstance(sharding, NamedSharding) and "data" in sharding.mesh.axis_names:
             return make_plan(params, sharding.mesh)
+    if jax.device_count() == 1:
+        return make_plan(params, Mesh(np.array(jax.devices()), ("data",)))
     raise ValueError(
         "TrainState.create: no plan: got an optimizer that does not say its own, and parameters that are on no mesh "
-        "with an axis 'data'; wanted plan=shardadam.make_plan(params, mesh)"
+        f"with an axis 'data', while there are {jax.device_count()} devices; wanted "
+        "plan=shardadam.make_plan(params, mesh)"
     )

@@ -1,4 +1,4 @@
-"""Adam on the shards of many leaves: gradients to the state's layout, the kernel, the updates back to the parameters'."""
+"""Adam on the shards of many leaves: gradients to the state's layout, the kernel, the updates back."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LANES, LeafPlan
-from shardadam.moments import Hyperparams, Step, update_leaf
+from shardadam.moments import Hyperparams, Step, bias_corrections, update_leaf
 from shardadam.sharding import constrain, pack_leaf, unpack_leaf
 
 
@@ -79,12 +79,15 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
     def place(xs: Any) -> list[jax.Array]:
         return each(lambda x, leaf: constrain(x, mesh, leaf.state_spec), xs, leaves)
 
-    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any) -> list[Step]:
+    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any) -> list[tuple[jax.Array, ...]]:
         given = zip(options.hyperparams, arrays, strict=True)
         hyperparams = Hyperparams(*(array if scalar is None else scalar for scalar, array in given))
 
-        def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> Step:
-            return update_leaf(g, m, v, count, _defined_on_padding(hyperparams, leaf, v), nesterov=nesterov)
+        corrections = bias_corrections(count, hyperparams)
+
+        def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+            own = _defined_on_padding(hyperparams, leaf, v)
+            return tuple(update_leaf(g, m, v, own, corrections, nesterov=nesterov))
 
         return each(one, leaves, grads, mu, nu)
 
@@ -97,10 +100,10 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
         on_shards,
         mesh=mesh,
         in_specs=(specs, specs, specs, *jax.tree.map(lambda _: P(), scalars)),
-        out_specs=[Step(spec, spec, spec) for spec in specs],
+        out_specs=[(spec, spec, spec) for spec in specs],
     )(grads, place(mu), place(nu), *scalars)
 
-    def pin(step: Step, leaf: LeafPlan, in_shards: bool) -> Step:
+    def pin(step: tuple[jax.Array, ...], leaf: LeafPlan, in_shards: bool) -> Step:
         u, mu, nu = (constrain(x, mesh, leaf.state_spec) for x in step)
         return Step(u if in_shards else unpack_leaf(u, leaf, mesh), mu, nu)
 

@@ -5,6 +5,9 @@ import os
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+# XLA:CPU's thread pool has as many threads as there are devices or NPROC says: with eight, seven that wait in a
+# collective leave one, and a device that needs two never arrives ("rendezvous ... termination timeout", an abort).
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import numpy as np
@@ -27,3 +30,10 @@ def make_mesh(sizes, axis_type=AxisType.Auto):
 @pytest.fixture(scope="session")
 def data_mesh():
     return make_mesh({"data": 8})
+
+
+@pytest.fixture
+def standard_promotion():
+    """For tests whose oracle is optax, whose float ** int cannot run under strict promotion."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

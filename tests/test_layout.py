@@ -1,0 +1,93 @@
+"""`pack` and `unpack` are inverses, and a leaf's plan says what it costs."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+from shardadam.layout import LANES, canonical_spec, entries, num_rows, pack, plan_leaf, unpack
+
+shapes = st.lists(st.integers(0, 70), min_size=0, max_size=4).map(tuple).filter(lambda s: math.prod(s) < 200_000)
+shard_counts = st.sampled_from([1, 2, 3, 5, 7, 8, 12, 24, 48, 192, 1000])
+
+
+@given(shape=shapes, num_shards=shard_counts)
+def test_unpack_is_the_inverse_of_pack(shape, num_shards):
+    x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    packed = pack(jnp.asarray(x), num_shards)
+    assert packed.shape == (num_rows(x.size, num_shards), LANES)
+    assert packed.shape[0] % num_shards == 0
+    np.testing.assert_array_equal(unpack(packed, shape), x)
+    assert not np.asarray(packed).reshape(-1)[x.size :].any()
+
+
+@given(size=st.integers(0, 10**12), num_shards=st.integers(1, 10_000))
+def test_no_device_holds_more_than_one_row_over_its_part(size, num_shards):
+    per_device = num_rows(size, num_shards) // num_shards * LANES
+    assert size / num_shards <= per_device < size / num_shards + LANES
+
+
+@given(st.lists(st.sampled_from(["", "a", "bc"]), max_size=4))
+def test_a_spec_and_its_entries_are_inverses(names):
+    parts = tuple(tuple(name) for name in names)
+    if sum(map(len, parts)) == len(set("".join(names))):
+        assert entries(canonical_spec(parts), len(parts)) == parts
+
+
+def leaf(shape, spec=P(), *, layout="auto", min_size=0, axis_names=("data",), dtype="float32", **sizes):
+    sizes = sizes or {"data": 8}
+    return plan_leaf(
+        shape, np.dtype(dtype), spec, axis_sizes=sizes, axis_names=axis_names, layout=layout, min_size=min_size
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "sizes", "layout", "state_spec", "state_shape"),
+    [
+        ((64, 3), P(), {"data": 8}, "natural", P("data"), (64, 3)),
+        ((3, 64), P(), {"data": 8}, "natural", P(None, "data"), (3, 64)),
+        ((17, 257), P(), {"data": 8}, "packed", P("data"), (8, 1024)),
+        ((5,), P(), {"data": 8}, "whole", P(), (5,)),
+        ((), P(), {"data": 8}, "whole", P(), ()),
+        ((0, 8), P(), {"data": 8}, "whole", P(), (0, 8)),
+        ((64, 48), P(None, "model"), {"data": 4, "model": 2}, "natural", P("data", "model"), (64, 48)),
+        ((7, 64), P(None, "model"), {"data": 4, "model": 2}, "natural", P(None, ("model", "data")), (7, 64)),
+        ((34, 257), P("model"), {"data": 4, "model": 2}, "packed", P(("model", "data")), (16, 1024)),
+        ((64, 48), P("data"), {"data": 8}, "natural", P("data"), (64, 48)),
+        ((64, 48), P(), {"data": 1}, "natural", P(), (64, 48)),
+    ],
+)
+def test_where_a_leaf_goes(shape, spec, sizes, layout, state_spec, state_shape):
+    plan = leaf(shape, spec, **sizes)
+    assert (plan.layout, plan.state_spec, plan.state_shape) == (layout, state_spec, state_shape)
+    assert plan.padding == math.prod(state_shape) - math.prod(shape)
+    assert plan.reason
+
+
+def test_two_axes_split_over_their_product():
+    plan = leaf((64, 48), axis_names=("slice", "data"), slice=2, data=4)
+    assert plan.state_spec == P(("slice", "data"))
+    assert plan.elements_per_device == 64 * 48 // 8
+
+
+def test_a_parameter_sharded_over_one_of_two_axes_is_split_over_the_other():
+    plan = leaf((64, 48), P("data"), axis_names=("slice", "data"), slice=2, data=4)
+    assert plan.shard_axes == ("slice",)
+    assert plan.elements_per_device == 64 * 48 // 8
+
+
+def test_layouts_by_name():
+    assert leaf((64, 48), layout="packed").state_shape == (8, 1024)
+    assert leaf((17, 257), layout="natural").layout == "whole"
+    assert "no dim divides by 8" in leaf((17, 257), layout="natural").reason
+    assert leaf((64, 48), min_size=64 * 48 + 1).reason == "3,072 elements, under min_size=3,073"
+
+
+def test_pack_is_traced_without_the_host():
+    text = str(jax.make_jaxpr(lambda x: unpack(pack(x, 8), (17, 257)))(jnp.zeros((17, 257))))
+    assert "callback" not in text
