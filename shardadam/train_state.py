@@ -118,7 +118,9 @@ def _apply(grads: Any, opt_state: Any, params: Any, *, tx: Any, plan: Plan) -> t
     updates, opt_state = optax.with_extra_args_support(tx).update(
         grads, opt_state, shards, shards_of=plan, packed=packed
     )
-    return map_leaves(to_whole, optax.apply_updates(shards, updates), plan), opt_state
+    with jax.numpy_dtype_promotion("standard"):  # float32 updates of bfloat16 parameters, also where users forbid it
+        shards = optax.apply_updates(shards, updates)
+    return map_leaves(to_whole, shards, plan), opt_state
 
 
 def _trained(tree: Any) -> Any:

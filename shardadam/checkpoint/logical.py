@@ -1,0 +1,270 @@
+"""Between a state in memory, packed or not, and the logical shapes that a checkpoint holds: one `Slot` per leaf."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
+
+from shardadam.layout import LeafPlan
+from shardadam.plan import Plan, path_name
+from shardadam.sharding import map_moments, named_sharding, pack_leaf, unpack_leaf
+
+PYTHON_NUMBERS = (bool, int, float)
+
+
+def is_key(dtype: Any) -> bool:
+    """Whether a dtype is that of typed PRNG keys, which are on disk as their key data."""
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+class Packing(NamedTuple):
+    """How one leaf lies packed in memory."""
+
+    leaf: LeafPlan
+    mesh: Mesh
+
+    @property
+    def sharding(self) -> NamedSharding:
+        """Of the packed array."""
+        return named_sharding(self.mesh, self.leaf.state_spec, len(self.leaf.state_shape))
+
+    @property
+    def logical_sharding(self) -> NamedSharding:
+        """Of the unpacked one."""
+        return split_sharding(self.leaf.shape, self.mesh)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One leaf of a state, and how to bring it to disk and back.
+
+    Attributes:
+      names: its keypath, as Orbax names it on disk.
+      like: the leaf itself: an array, a ShapeDtypeStruct with a sharding, or a number.
+      packed: how it is packed, if it is a moment that lies so in memory; None otherwise.
+    """
+
+    names: tuple[str, ...]
+    like: Any
+    packed: Packing | None = None
+
+    @property
+    def path(self) -> str:
+        """The keypath for people."""
+        return "/".join(self.names)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape: the one on disk."""
+        return tuple(np.shape(self.like)) if self.packed is None else self.packed.leaf.shape
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype, in memory and on disk."""
+        return self.like.dtype if hasattr(self.like, "dtype") else np.asarray(self.like).dtype
+
+    @property
+    def sharding(self) -> Sharding | None:
+        """Where the leaf must be; None where it is on the host or uncommitted."""
+        if isinstance(self.like, jax.Array) and not self.like.committed:
+            return None
+        own = getattr(self.like, "sharding", None)
+        if own is None and self.packed is not None:
+            return self.packed.sharding
+        if isinstance(self.like, jax.ShapeDtypeStruct) and (
+            own is None or isinstance(getattr(own, "mesh", None), AbstractMesh)
+        ):
+            raise ValueError(
+                f"`{self.path}`: a ShapeDtypeStruct without devices ({own}): nothing says where to restore it; "
+                "give it sharding=, on a Mesh"
+            )
+        return own
+
+    def to_disk(self) -> Any:
+        """The leaf in its logical shape, as Orbax takes it. Inverse of `from_disk`.
+
+        Raises:
+          ValueError: Orbax cannot save the leaf: it is neither array nor number, or has no elements.
+        """
+        if not isinstance(self.like, (jax.Array, np.ndarray, np.generic, *PYTHON_NUMBERS)):
+            raise ValueError(f"`{self.path}`: got {type(self.like).__name__}, and only arrays and numbers can be saved")
+        if 0 in self.shape:
+            raise ValueError(f"`{self.path}`: got shape {self.shape}, and Orbax saves no empty arrays; drop the leaf")
+        if self.packed is not None:
+            x = jax.device_put(self.like, self.packed.sharding)
+            # Waited for, so that only one leaf at a time is gathered on its way to its logical shape.
+            return jax.block_until_ready(_unpacker(self.packed)(x))
+        if isinstance(self.like, np.generic | np.ndarray):
+            return np.array(self.like)  # A copy: it is written after `save` has returned.
+        if isinstance(self.like, jax.Array) and self.like.is_fully_addressable and jax.process_count() > 1:
+            return np.asarray(self.like)  # Orbax refuses device arrays that only one process knows.
+        return self.like
+
+    def target(self) -> Any:
+        """What Orbax is to read: an abstract array with a sharding, or a NumPy array for what has none."""
+        if self.packed is not None:
+            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.packed.logical_sharding)
+        if self.sharding is not None:
+            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+        if is_key(self.dtype):
+            return self.like
+        # Says shape and dtype, and takes no memory: a view of one zero.
+        return np.broadcast_to(np.zeros((), self.dtype), self.shape)
+
+    def from_disk(self, x: Any) -> Any:
+        """Brings what Orbax read to this leaf's layout, sharding and kind. Inverse of `to_disk`."""
+        if self.packed is not None:
+            x = jax.block_until_ready(_packer(self.packed)(x))
+        if isinstance(self.like, np.generic | np.ndarray):
+            return np.array(x)[()] if isinstance(self.like, np.generic) else np.array(x)
+        if isinstance(self.like, PYTHON_NUMBERS):
+            return x
+        if self.sharding is not None:
+            x = jax.device_put(x, self.sharding)
+            return x if self.packed is not None or _is_offloaded(self.sharding) else _copier(self.sharding)(x)
+        if is_key(self.dtype):
+            return jax.random.wrap_key_data(jnp.array(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
+        # Uncommitted, as it was: jit may then use it beside arrays on other devices.
+        return jnp.array(x)
+
+
+def slots(state: Any, plan: Plan | None) -> Iterator[Slot]:
+    """One `Slot` for each leaf of a state, in tree order.
+
+    Args:
+      state: a tree of arrays, numbers and, to restore into, ShapeDtypeStructs.
+      plan: how its mu and nu lie; None if they have their parameters' shapes.
+
+    Raises:
+      ValueError: a moment is not laid out as the plan says, or packed on a mesh that is not known.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    plans = [None] * len(leaves) if plan is None else jax.tree.leaves(_plan_tree(state, plan))
+    for (keypath, x), leaf in zip(leaves, plans, strict=True):
+        names = ocp.tree.str_keypath(keypath)
+        if isinstance(leaf, LeafPlan):
+            if tuple(np.shape(x)) != leaf.state_shape:
+                raise ValueError(
+                    f"`{'/'.join(names)}`: got shape {np.shape(x)}, the plan says {leaf.state_shape} ({leaf.layout}); "
+                    "pass the plan that the optimizer was made with"
+                )
+            if leaf.layout == "packed":
+                yield Slot(names=names, like=x, packed=Packing(leaf, _mesh(x, leaf, plan, names)))
+                continue
+        yield Slot(names=names, like=x)
+
+
+def plan_of(state: Any, fallback: Plan | None) -> Plan | None:
+    """The plan of a state: its own (`state.plan`), else `fallback`, else its optimizer's; None if it needs none.
+
+    Raises:
+      ValueError: there is no plan, and a moment does not have its parameter's shape.
+    """
+    own = getattr(state, "plan", None)
+    if isinstance(own, Plan):
+        return own
+    if fallback is not None or not hasattr(state, "params"):
+        return fallback
+    shapes = {path_name(k): np.shape(x) for k, x in jax.tree_util.tree_flatten_with_path(state.params)[0]}
+    for path, x in _moments(state):
+        if np.shape(x) != shapes.get(path, np.shape(x)):
+            # Flax's TrainState holds its optimizer, and ours, unless within a chain, tells its plan.
+            plan = getattr(getattr(state, "tx", None), "plan_of", lambda params: None)(state.params)
+            if plan is not None:
+                return plan
+            raise ValueError(
+                f"`{path}`: its moment has shape {np.shape(x)}, the parameter {shapes[path]}: it is packed, and "
+                "there is no plan to unpack it by; pass the optimizer's own: Checkpointer(directory, plan=plan)"
+            )
+    return None
+
+
+def split_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """Splits a logical shape as far as it goes over all of a mesh's devices, in their order.
+
+    With its parameter's spec, an unpacked moment would be whole on every device. A dim of size d takes
+    gcd(d, devices left) of them; what no dim takes holds copies.
+
+    Args:
+      shape: the logical shape.
+      mesh: the mesh whose devices to use; its axes do not matter.
+
+    Example:
+      (6, 50) on 12 devices: 6 along dim 0, 2 along dim 1.
+    """
+    left, sizes = mesh.size, [1] * len(shape)
+    for dim in sorted(range(len(shape)), key=lambda dim: -math.gcd(shape[dim], mesh.size)):
+        sizes[dim] = math.gcd(shape[dim], left)
+        left //= sizes[dim]
+    axes = tuple(f"dim{dim}" for dim in range(len(shape)))
+    return NamedSharding(Mesh(mesh.devices.reshape(*sizes, left), (*axes, "copies")), P(*axes))
+
+
+def _plan_tree(state: Any, plan: Plan) -> Any:
+    """The state with each leaf of mu and nu replaced by its `LeafPlan`."""
+    found: list[str] = []
+
+    def leaf_plan(leaf: LeafPlan, _: Any, path: str) -> LeafPlan:
+        found.append(path)
+        return leaf
+
+    tree = map_moments(leaf_plan, state, plan)
+    if found:
+        return tree
+
+    # `nnx.state(optimizer)` keeps no ScaleByAdamState, only its keys: .../mu/<the parameter's keypath>.
+    def by_name(keypath: tuple[Any, ...], x: Any) -> Any:
+        names = ocp.tree.str_keypath(keypath)
+        ends = (path_name(keypath[i + 1 :]) for i, name in enumerate(names) if name in ("mu", "nu"))
+        return next((plan.leaves[end] for end in ends if end in plan.leaves), x)
+
+    return jax.tree_util.tree_map_with_path(by_name, state)
+
+
+def _moments(state: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of mu and nu in a tree, with their parameters' keypaths."""
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)):
+        for tree in (node.mu, node.nu) if isinstance(node, optax.ScaleByAdamState) else ():
+            yield from ((path_name(k), x) for k, x in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _mesh(x: Any, leaf: LeafPlan, plan: Plan | None, names: tuple[str, ...]) -> Mesh:
+    """The mesh that a leaf is packed on: its own where it has one (a plan may be made without devices)."""
+    own = getattr(getattr(x, "sharding", None), "mesh", None)
+    for mesh in (own, getattr(plan, "mesh", None)):
+        if isinstance(mesh, Mesh) and all(axis in mesh.shape for axis in leaf.part_axes + leaf.shard_axes):
+            return mesh
+    raise ValueError(
+        f"`{'/'.join(names)}`: packed, and neither its sharding nor the plan has devices; "
+        "give the leaf a NamedSharding on a Mesh"
+    )
+
+
+@functools.cache
+def _unpacker(packed: Packing) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: unpack_leaf(x, packed.leaf, packed.mesh), out_shardings=packed.logical_sharding)
+
+
+@functools.cache
+def _packer(packed: Packing) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda x: pack_leaf(x, packed.leaf, packed.mesh), out_shardings=packed.sharding)
+
+
+@functools.cache
+def _copier(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
+    # An output of jit can be donated; arrays as Orbax makes them have failed to: https://github.com/jax-ml/jax/issues/18617
+    return jax.jit(jnp.copy, out_shardings=sharding)
+
+
+def _is_offloaded(sharding: Sharding) -> bool:
+    """Whether a sharding is on other memory than its devices' own."""
+    return sharding.memory_kind not in (None, next(iter(sharding.device_set)).default_memory().kind)

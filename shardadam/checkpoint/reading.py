@@ -1,0 +1,64 @@
+"""Reads step directories that Orbax committed, with a fresh handler each time.
+
+After a failed restore an Orbax CheckpointManager cannot restore good steps either; nothing here outlives its call.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from shardadam.checkpoint.match import CheckpointError
+
+STATE, EXTRA = "state", "extra"  # The items of a step: directories below the one named by the step's number.
+
+
+def committed_steps(directory: epath.Path) -> list[int]:
+    """The committed steps of a directory, ascending. The manager's own list names those in flight, too."""
+    return sorted(ocp.utils.checkpoint_steps(directory)) if directory.exists() else []
+
+
+def saved_leaves(step_directory: epath.Path) -> Mapping[tuple[str, ...], Any]:
+    """Orbax's metadata of each leaf of a saved state: shape and dtype, by the names of its keypath.
+
+    Raises:
+      CheckpointError: the step holds no state that `Checkpointer` saved.
+    """
+    if not (step_directory / STATE).exists():
+        items = sorted(path.name for path in step_directory.iterdir() if path.is_dir())
+        raise CheckpointError(
+            f"{step_directory}: got items {items}, wanted {STATE!r}; it was not saved by shardadam.Checkpointer, "
+            "or is damaged"
+        )
+    # The handler itself: an Orbax Checkpointer would log that the item lacks the metadata that only a step has.
+    with _naming(step_directory):
+        return ocp.tree.to_flat_dict(ocp.StandardCheckpointHandler().metadata(step_directory / STATE).tree)
+
+
+def read_state(step_directory: epath.Path, target: Any) -> Any:
+    """Loads a state into the shapes, dtypes and shardings of `target`, a tree as Orbax's StandardRestore takes it."""
+    with _naming(step_directory), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+        return reader.restore(step_directory / STATE, args=ocp.args.StandardRestore(target))
+
+
+def read_extra(step_directory: epath.Path) -> Any:
+    """What was saved beside the state; None if nothing was."""
+    if not (step_directory / EXTRA).exists():
+        return None
+    with _naming(step_directory), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(step_directory / EXTRA)
+
+
+@contextlib.contextmanager
+def _naming(step_directory: epath.Path) -> Iterator[None]:
+    """Says of an error of Orbax's, which may name no file, which step it was about and what else there is."""
+    try:
+        yield
+    except Exception as error:
+        others = [step for step in committed_steps(step_directory.parent) if str(step) != step_directory.name]
+        error.add_note(
+            f"{step_directory} cannot be read: it may be damaged; other steps there: {others[-4:] or 'none'}."
+        )
+        raise
