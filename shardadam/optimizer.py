@@ -49,7 +49,7 @@ def scale_by_adam(
     plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
 
     def init_fn(params: Any) -> optax.ScaleByAdamState:
-        on = plan_of(params)
+        on = _sharded(plan_of(params))
 
         def zeros(dtype: Any) -> Any:
             return jax.tree_util.tree_map_with_path(
@@ -71,7 +71,7 @@ def scale_by_adam(
         **extra: Any,
     ) -> tuple[Any, optax.ScaleByAdamState]:
         del extra
-        on = shards_of or plan_of(updates if params is None else params)
+        on = shards_of or _sharded(plan_of(updates if params is None else params))
         keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
         count = safe_increment(jnp.asarray(state.count))
         # A None gradient takes its moments with it, as in optax.
@@ -232,10 +232,15 @@ def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) ->
 
     def init_fn(params: Any) -> Any:
         state = chain.init(params)
-        on = first.plan_of(params, quiet=True)
+        on = _sharded(first.plan_of(params, quiet=True))
         return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
 
     return _transformation(init_fn, chain.update, first.plan_of)
+
+
+def _sharded(plan: Plan | None) -> Plan | None:
+    """The plan where there is something to split; on no mesh, and on one device, plain optax does."""
+    return None if plan is None or plan.mesh.size == 1 else plan
 
 
 def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:

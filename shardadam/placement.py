@@ -29,7 +29,7 @@ def resolve_plan(
     plan: Plan | None,
     quiet: bool = False,
 ) -> Plan | None:
-    """The plan for these parameters, on a mesh of devices wherever one is known; None where plain optax will do.
+    """The plan for these parameters, on a mesh of devices wherever one is known; None where there is no mesh.
 
     Args:
       params: a tree of arrays, tracers or ShapeDtypeStructs.
@@ -39,8 +39,7 @@ def resolve_plan(
       quiet: do not warn that specs on Auto axes cannot be seen.
     """
     if plan is not None:
-        plan = bind(plan, mesh or ambient_mesh())
-        return None if plan.mesh.size == 1 else plan
+        return bind(plan, mesh or ambient_mesh())
     if mesh is None:
         mesh = ambient_mesh()
         names = (axis_name,) if isinstance(axis_name, str) else axis_name
@@ -51,12 +50,10 @@ def resolve_plan(
             f"mesh: got {mesh!r}, wanted a jax.sharding.Mesh; optax.inject_hyperparams takes a mesh for a schedule, "
             "since it can be called: give it static_args=('mesh',), or pass plan= instead"
         )
-    if mesh.size == 1:
-        return None
     auto = axes_of_type(mesh, AxisType.Auto)
     specs = jax.tree.map(lambda x: only_axes(spec_of(x), axes_of_type(mesh, AxisType.Explicit), np.ndim(x)), params)
     plan = make_plan(params, mesh, axis_name=axis_name, param_specs=specs)
-    if auto and not quiet:
+    if auto and mesh.size > 1 and not quiet:
         _warn_unseen(params, auto, plan)
     return plan
 
