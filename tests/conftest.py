@@ -2,7 +2,7 @@
 
 import os
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # XLA:CPU's thread pool has as many threads as there are devices or NPROC says: with eight, seven that wait in a

@@ -1,0 +1,99 @@
+"""From a config to what it trains: the plan, the sharded state at step 0, the jitted step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import ArrayLike
+
+import shardadam
+from shardadam.plan import path_name
+from shardadam.trainer import model
+from shardadam.trainer.config import OptimizerConfig, TrainConfig
+from shardadam.trainer.data import Batch
+from shardadam.trainer.devices import planned_mesh
+
+
+class StepMetrics(NamedTuple):
+    """What a step tells of itself; each a float32 scalar on the devices."""
+
+    loss: jax.Array
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+
+
+def plan_for(config: TrainConfig, mesh: Mesh | None = None) -> shardadam.Plan:
+    """The plan of a config's model: on a mesh of devices, or from the mesh's numbers alone. Allocates nothing."""
+    sizes = planned_mesh(config) if mesh is None else mesh
+    params = model.abstract_params(model.Transformer(config.model))
+    return shardadam.make_plan(
+        params,
+        sizes,
+        axis_name="data",
+        param_specs=model.param_specs(params, sizes),
+        layout=config.optimizer.layout,
+        min_size=config.optimizer.min_size,
+    )
+
+
+def learning_rate_schedule(config: OptimizerConfig) -> Callable[[ArrayLike], jax.Array]:
+    """Linear warmup, a cosine, then level at `end_fraction`. It knows nothing of the run's number of steps.
+
+    Not optax.warmup_cosine_decay_schedule, which JAX's strict dtype promotion refuses.
+    """
+    peak, end = config.learning_rate, config.learning_rate * config.end_fraction
+    warmup, decay = config.warmup_steps, config.decay_steps
+
+    def schedule(count: ArrayLike) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        rising = peak * (step + 1) / (warmup + 1)  # not from 0, which would make the first step a no-op
+        done = jnp.clip((step - warmup) / (decay - warmup), 0.0, 1.0)
+        falling = end + (peak - end) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        return jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def create_state(config: TrainConfig, mesh: Mesh) -> shardadam.TrainState:
+    """The state at step 0, every array made where it lives: nothing is whole on a device that the plan splits."""
+    plan, net, o = plan_for(config, mesh), model.Transformer(config.model), config.optimizer
+    shardings = jax.tree_util.tree_map_with_path(
+        lambda path, _: NamedSharding(mesh, plan.leaf(path_name(path)).param_spec), model.abstract_params(net)
+    )
+    init = jax.jit(lambda seed: model.init_params(net, jax.random.key(seed)), out_shardings=shardings)
+    tx = shardadam.adamw(
+        learning_rate_schedule(o), o.b1, o.b2, o.eps, 0.0, o.mu_dtype, o.weight_decay, model.decay_mask, plan=plan
+    )
+    return shardadam.TrainState.create(apply_fn=net.apply, params=init(config.seed), tx=tx, plan=plan)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(Sum of the cross-entropy in nats, number of targets), over the targets that are scored."""
+    scored = targets >= 0
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(targets, 0))
+    return jnp.sum(jnp.where(scored, each, 0.0)), jnp.sum(scored, dtype=jnp.int32)
+
+
+def make_train_step(config: OptimizerConfig) -> Callable[..., tuple[shardadam.TrainState, StepMetrics]]:
+    """A jitted (state, batch) -> (state, metrics) that reuses the state's memory."""
+    schedule = learning_rate_schedule(config)
+
+    def train_step(state: shardadam.TrainState, batch: Batch[jax.Array]) -> tuple[shardadam.TrainState, StepMetrics]:
+        def loss_fn(params: Any) -> jax.Array:
+            total, count = cross_entropy(state.apply_fn({"params": params}, batch.inputs), batch.targets)
+            return total / count.astype(jnp.float32)
+
+        loss, grads = jax.value_and_grad(loss_fn)(state.params)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        if config.clip_norm is not None:
+            # Not optax.chain(clip, ...): the norm is wanted as a metric anyway, and a bare shardadam transformation
+            # lets the TrainState add its updates on the shards.
+            scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
+            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
+        metrics = StepMetrics(loss, norm, schedule(state.step))
+        return state.apply_gradients(grads=grads), metrics
+
+    return jax.jit(train_step, donate_argnums=0)

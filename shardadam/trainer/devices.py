@@ -1,0 +1,97 @@
+"""From the config's mesh string to a `Mesh` of devices, simulated where there are none."""
+
+import math
+import os
+import re
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from shardadam.trainer.config import ConfigError, TrainConfig
+
+AXES = ("data", "model")
+_COUNT_FLAG = "--xla_force_host_platform_device_count"
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """'data=4,model=2' -> {'data': 4, 'model': 2}; 'auto' is 'data=-1', and -1 means all the devices that are left."""
+    wanted = "wanted axes and sizes such as 'data=4,model=2', with -1 for all devices that are left"
+    sizes: dict[str, int] = {}
+    for part in ("data=-1" if text.strip() == "auto" else text).split(","):
+        match = re.fullmatch(r"\s*(\w+)\s*=\s*(-?\d+)\s*", part)
+        if not match or (int(match[2]) < 1 and int(match[2]) != -1):
+            raise ConfigError(f"'mesh' is {text!r}: cannot read {part.strip()!r}; {wanted}")
+        if match[1] not in AXES or match[1] in sizes:
+            problem = "is given twice" if match[1] in sizes else "is unknown: the axes are 'data' and 'model'"
+            raise ConfigError(f"'mesh' is {text!r}: axis '{match[1]}' {problem}")
+        sizes[match[1]] = int(match[2])
+    if "data" not in sizes:
+        raise ConfigError(f"'mesh' is {text!r}: no 'data' axis, over which Adam's state is sharded; {wanted}")
+    if list(sizes.values()).count(-1) > 1:
+        raise ConfigError(f"'mesh' is {text!r}: more than one -1; {wanted}")
+    return sizes
+
+
+def fill_mesh(sizes: dict[str, int], num_devices: int) -> dict[str, int]:
+    """Replaces a -1 by what is left of `num_devices`."""
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if -1 in sizes.values() and (num_devices < fixed or num_devices % fixed):
+        raise ConfigError(
+            f"'mesh': {num_devices} devices cannot be split over {mesh_text(sizes)}; change 'mesh' or 'cpu_devices'"
+        )
+    return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def mesh_text(sizes: dict[str, int]) -> str:
+    """{'data': 4, 'model': 2} -> 'data=4,model=2'. Inverse of `parse_mesh`."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def start_devices(config: TrainConfig) -> None:
+    """Asks for simulated CPU devices. Must run before JAX starts its backend; harmless where there are accelerators."""
+    sizes = parse_mesh(config.mesh)
+    count = config.cpu_devices if -1 in sizes.values() else math.prod(sizes.values())
+    wanted = {_COUNT_FLAG: str(count)}
+    if count > 1:
+        # Simulated devices run their operations in one pool of threads. Where all of these wait in collectives for a
+        # device that finds none, XLA aborts after 40 s. Without the pool each device has a thread of its own, which is
+        # faster, too, as the devices fill the cores by themselves; NPROC is how many threads XLA:CPU starts.
+        wanted["--xla_cpu_multi_thread_eigen"] = "false"
+        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * count)))
+    flags = os.environ.get("XLA_FLAGS", "")
+    added = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]  # what the user set stands
+    os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+    if config.platform == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+
+
+def build_mesh(config: TrainConfig) -> Mesh:
+    """The config's mesh with Auto axes, over the first devices there are.
+
+    Raises:
+      ConfigError: the mesh needs more devices than there are.
+    """
+    devices = jax.devices()
+    sizes = fill_mesh(parse_mesh(config.mesh), len(devices))
+    needed = math.prod(sizes.values())
+    if needed > len(devices):
+        if devices[0].platform == "cpu":
+            remedy = f"unset {_COUNT_FLAG} in XLA_FLAGS, or set it to {needed}"
+        else:
+            remedy = "use a smaller mesh, or simulate with --platform cpu"
+        raise ConfigError(
+            f"'mesh' is '{mesh_text(sizes)}', which needs {needed} devices; "
+            f"there are {len(devices)} ({devices[0].platform}): {remedy}"
+        )
+    if needed < len(devices) and jax.process_count() > 1:
+        raise ConfigError(
+            f"'mesh' is '{mesh_text(sizes)}', {needed} devices of {len(devices)}; several processes must use all"
+        )
+    chosen = np.array(devices[:needed]).reshape(tuple(sizes.values()))
+    return Mesh(chosen, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def planned_mesh(config: TrainConfig) -> dict[str, int]:
+    """The mesh as numbers alone, for planning on a machine without its devices; -1 is filled up from `cpu_devices`."""
+    return fill_mesh(parse_mesh(config.mesh), config.cpu_devices)

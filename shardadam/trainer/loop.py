@@ -1,0 +1,202 @@
+"""The training run: resume or begin, step, report, save, and stop when asked to."""
+
+import logging
+import math
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import jax
+import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import shardadam
+from shardadam.trainer import data
+from shardadam.trainer.build import StepMetrics, create_state, make_train_step
+from shardadam.trainer.config import TrainConfig
+from shardadam.trainer.corpus import Corpus, load_corpus
+from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
+from shardadam.trainer.evaluate import Evaluation, evaluate
+from shardadam.trainer.metrics import Metrics
+from shardadam.trainer.run_dir import check_resume, run_directory, write_run
+from shardadam.trainer.signals import StopSignals
+
+log = logging.getLogger("shardadam.trainer")
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on, though nothing is wrong with what the user gave."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Result:
+    """How a run ended."""
+
+    state: shardadam.TrainState
+    """The last state."""
+    stopped: bool
+    """Whether a signal ended it before its last step."""
+    checkpoint: Path
+    """The newest checkpoint."""
+    eval: Evaluation | None = None
+    """None where the run was stopped."""
+
+    def summary(self) -> str:
+        """What a person wants to know at the end."""
+        plan, step = self.state.plan, int(self.state.step)
+        mu_dtype = jax.tree.leaves(optax.tree.get(self.state.opt_state, "mu"))[0].dtype
+        ours, whole = plan.state_bytes_per_device(mu_dtype), plan.replicated_state_bytes(mu_dtype)
+        lines = [f"stopped at step {step}, saved; run again to go on" if self.stopped else f"done: step {step}"]
+        if self.eval is not None:
+            lines.append("eval:           " + self.eval.summary())
+        lines.append(
+            f"Adam's state:   {ours:,} bytes per device, in {plan.num_shards} shards; "
+            f"replicated Adam would hold {whole:,} ({ours / whole:.1%})"
+        )
+        lines.append(f"checkpoint:     {self.checkpoint}")
+        return "\n".join(lines)
+
+
+def train(config: TrainConfig) -> Result:
+    """Runs a config to its last step: starts anew, or goes on from the run's newest checkpoint.
+
+    Raises:
+      ConfigError: something that the user can set right.
+      TrainingError: the loss is no longer finite; the checkpoints before that are kept.
+    """
+    start_devices(config)
+    mesh = build_mesh(config)
+    data.check_batch(config, mesh.shape["data"])
+    corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, window=config.model.max_len + 1)
+    directory = run_directory(config) / "checkpoints"
+    with (
+        StopSignals() as signals,
+        shardadam.Checkpointer(directory, max_to_keep=config.max_to_keep) as checkpointer,
+    ):
+        latest = checkpointer.latest_step()
+        if latest is not None:
+            check_resume(config, corpus.sha256)
+        state = create_state(config, mesh)
+        _record(config, corpus, state)
+        if latest is not None:
+            state = checkpointer.restore(state, latest)
+            log.info("going on at step %d, from %s", latest, directory / str(latest))
+        shardadam.audit(state, state.plan)
+        run = _Run(config, corpus, checkpointer, signals.requested, saved=latest)
+        return run.to_the_end(state)
+
+
+class _Run:
+    """The loop. Steps run ahead on the devices; only `_fetch` waits for them."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        checkpointer: shardadam.Checkpointer,
+        stop: threading.Event,
+        *,
+        saved: int | None,
+    ) -> None:
+        self.config, self.corpus, self.checkpointer, self.stop, self.saved = config, corpus, checkpointer, stop, saved
+        self.pending: list[tuple[int, StepMetrics]] = []
+        self.since = time.perf_counter()
+
+    def to_the_end(self, state: shardadam.TrainState) -> Result:
+        """Trains what is left, saves, evaluates."""
+        start, steps, directory = int(state.step), self.config.steps, run_directory(self.config)
+        if start >= steps:
+            log.info("already at step %d, 'steps' is %d: nothing to train; raise 'steps' to go on", start, steps)
+        with Metrics(
+            directory, first_step=start, steps=max(start, steps), tensorboard=self.config.tensorboard
+        ) as self.metrics:
+            state = self._train(state, start)
+            shardadam.audit(state, state.plan)
+            step = int(state.step)
+            self._save(step, state)
+            self.metrics.pause()
+            stopped = step < steps
+            evaluation = None if stopped else self._evaluate(step, state)
+        self.checkpointer.wait()
+        checkpoint = directory / "checkpoints" / str(self.saved)
+        return Result(state=state, stopped=stopped, checkpoint=checkpoint, eval=evaluation)
+
+    def _train(self, state: shardadam.TrainState, start: int) -> shardadam.TrainState:
+        config, train_step = self.config, make_train_step(self.config.optimizer)
+        sharding = NamedSharding(state.plan.mesh, P("data"))
+        for step in range(start + 1, config.steps + 1):
+            if self.stop.is_set():
+                break
+            batch = data.place_train_batch(self.corpus.train, config, step - 1, sharding)
+            state, metrics = train_step(state, batch)
+            self.pending.append((step, metrics))
+            if step == start + 1:
+                self._fetch(compiled=True)
+            elif step % config.log_every == 0:
+                self._fetch()
+            if step % config.save_every == 0:
+                self._save(step, state)
+            if config.eval_every and step % config.eval_every == 0 and step < config.steps:
+                self._fetch()
+                self._evaluate(step, state)
+        self._fetch()
+        return state
+
+    def _fetch(self, *, compiled: bool = False) -> None:
+        """Brings the metrics of the steps since the last time to the host, and reports them."""
+        if not self.pending:
+            return
+        fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
+        self.pending = []
+        now = time.perf_counter()
+        rate = len(fetched) * self.config.batch_size * self.config.model.max_len / (now - self.since)
+        for step, metrics in fetched:
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+                raise TrainingError(
+                    f"step {step}: the loss is {metrics.loss} and the gradients' norm {metrics.grad_norm}; nothing was "
+                    f"saved since step {self.saved}. Lower 'optimizer.learning_rate' or set 'optimizer.clip_norm', and "
+                    "begin anew under another 'name'"
+                )
+            self.metrics.write(step, {name: float(value) for name, value in metrics._asdict().items()})
+        if compiled:
+            log.info("compiled and took the first step in %.1f s", now - self.since)
+        else:
+            self.metrics.write(fetched[-1][0], {"tokens_per_second": rate})
+        self.metrics.show(fetched[-1][0], sum(float(m.loss) for _, m in fetched) / len(fetched), rate)
+        self.since = now
+
+    def _save(self, step: int, state: shardadam.TrainState) -> None:
+        if step == self.saved:
+            return
+        self._fetch()  # a state that is not finite must not push a good one out
+        self.checkpointer.save(step, state)
+        self.saved = step
+        self.since = time.perf_counter()
+
+    def _evaluate(self, step: int, state: shardadam.TrainState) -> Evaluation | None:
+        evaluation = evaluate(state, self.corpus, self.config, stop=self.stop)
+        if evaluation is not None:
+            scores = {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None}
+            self.metrics.write(step, scores)
+            log.info("step %d: eval %s", step, evaluation.summary())
+        self.since = time.perf_counter()
+        return evaluation
+
+
+def _record(config: TrainConfig, corpus: Corpus, state: shardadam.TrainState) -> None:
+    """Writes the run's files, and tells what is about to be trained."""
+    plan, device = state.plan, state.plan.mesh.devices.flat[0]
+    facts = {
+        "mesh": mesh_text(dict(plan.mesh.shape)),
+        "device": device.device_kind,
+        "num_processes": jax.process_count(),
+        "num_params": sum(x.size for x in jax.tree.leaves(state.params)),
+        "train_tokens": len(corpus.train),
+        "eval_tokens": len(corpus.eval),
+    }
+    if jax.process_index() == 0:
+        write_run(config, sha256=corpus.sha256, report=plan.report(config.optimizer.mu_dtype), facts=facts)
+    told = "{num_params:,} parameters on {mesh} ({device}), {train_tokens:,} training tokens".format(**facts)
+    log.info("%s: %s, sha256 %s...", run_directory(config), told, corpus.sha256[:16])

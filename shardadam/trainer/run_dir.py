@@ -1,0 +1,89 @@
+"""A run's directory: what it was started with, and whether it may go on with the config it is given now."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from shardadam.trainer.config import ConfigError, TrainConfig, dump_config
+
+# What does not change the numbers, or (the mesh) changes no more than the order in which they are added up.
+MAY_CHANGE = {
+    "name", "steps", "mesh", "cpu_devices", "platform", "runs_dir", "log_every", "eval_every", "save_every",
+    "max_to_keep", "tensorboard", "data.eval_tokens", "model.remat", "optimizer.layout", "optimizer.min_size",
+}  # fmt: skip
+
+
+def run_directory(config: TrainConfig) -> Path:
+    """Where the run lives."""
+    return Path(config.runs_dir) / config.name
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of all that takes part in the numbers."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "shardadam")
+    return {"python": platform.python_version(), **{name: _version(name) for name in packages}}
+
+
+def check_resume(config: TrainConfig, sha256: str) -> None:
+    """Refuses to go on with another model, text, seed, batch or optimizer than the run was started with.
+
+    Raises:
+      ConfigError: naming the field, what the run has, and what was given.
+    """
+    directory = run_directory(config)
+    try:
+        before = _flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+        recorded = json.loads((directory / "run.json").read_text(encoding="utf-8"))["data_sha256"]
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{directory} has checkpoints but no {Path(error.filename).name} to say what they are of; "
+            "put it back, or choose another 'name'"
+        ) from None
+    now = _flat(asdict(config))
+    changed = [name for name in now if name not in MAY_CHANGE and name in before and before[name] != now[name]]
+    if changed:
+        said = "; ".join(f"'{name}' was {before[name]!r}, is {now[name]!r}" for name in changed)
+        raise ConfigError(f"{directory} was started with another config: {said}. Set it back, or choose another 'name'")
+    if recorded != sha256:
+        raise ConfigError(
+            f"{directory} was trained on another text: sha256 was {recorded[:16]}..., is {sha256[:16]}... (Python "
+            f"{platform.python_version()} now). Bring that text back, or choose another 'name'"
+        )
+
+
+def write_run(config: TrainConfig, *, sha256: str, report: str, facts: dict[str, Any]) -> None:
+    """Records config, versions, the text's hash and the plan, each file whole or not at all."""
+    directory = run_directory(config)
+    directory.mkdir(parents=True, exist_ok=True)
+    record = {"versions": versions(), "data_sha256": sha256, **facts}
+    _write(directory / "config.yaml", dump_config(config))
+    _write(directory / "run.json", json.dumps(record, indent=2) + "\n")
+    _write(directory / "plan.txt", report.rstrip() + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        inner = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}
+        flat.update(inner)
+    return flat
+
+
+def _version(package: str) -> str:
+    if package == "shardadam":
+        import shardadam
+
+        return shardadam.__version__
+    return version(package)
