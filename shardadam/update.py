@@ -46,6 +46,12 @@ def update_on_mesh(
     nesterov: bool,
 ) -> list[Step]:
     """Adam on the shards, from gradients and to updates that are in shards themselves where `sharded` says so."""
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if inside := sorted(manual & {axis for leaf in leaves for axis in leaf.shard_axes}):
+        raise ValueError(
+            f"update: called inside a shard_map that is manual over {inside}, over which this state is split: wanted "
+            "whole arrays; return the gradients from the shard_map (psum them) and update outside of it"
+        )
     if isinstance(mesh, Mesh):  # Eager gradients may still be on one device.
         grads = [
             g if in_shards or isinstance(g, jax.core.Tracer) else constrain(g, mesh, leaf.param_spec)

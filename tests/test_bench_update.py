@@ -16,24 +16,22 @@ WIDTH, VOCAB = 64, 257
 DENSE = [(WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH)]
 BIASES = [(columns,) for _, columns in DENSE]
 BLOCK = [*DENSE, *BIASES, *[(WIDTH,)] * 4]
-SHAPES = {
-    "square": [(64, 32)] * 8,
-    "gpt2": [(VOCAB, WIDTH), (64, WIDTH), (WIDTH,), (WIDTH,), *BLOCK],
-}
+SHAPES = [(VOCAB, WIDTH), (64, WIDTH), (WIDTH,), (WIDTH,), *BLOCK]
 
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     out = tmp_path_factory.mktemp("bench") / "update.json"
-    command = [sys.executable, str(ROOT / "scripts/bench/update.py"), "--small", "--devices", "1", "8", "--json", out]
+    options = ["--small", "--devices", "1", "8", "--trees", "gpt2", "--json", str(out)]
+    command = [sys.executable, str(ROOT / "scripts/bench/update.py"), *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert "goal: at most" in done.stdout
-    assert len(report["goals"]) == 7 * 2 * 4
-    return {(case["tree"], case["devices"]): case["variants"] for case in report["cases"]}
+    assert len(report["goals"]) == 7 * 4
+    return {case["devices"]: case["variants"] for case in report["cases"]}
 
 
 def moments(shape, shards, name):
@@ -46,25 +44,22 @@ def moments(shape, shards, name):
     return 8 * size // shards
 
 
-@pytest.mark.parametrize("tree", ["square", "gpt2"])
 @pytest.mark.parametrize("devices", [1, 8])
-def test_reports_every_variant_with_its_exact_state_bytes(cases, tree, devices):
-    variants = cases[tree, devices]
+def test_reports_every_variant_with_its_exact_state_bytes(cases, devices):
+    variants = cases[devices]
     assert list(variants) == NAMES
     for name, figures in variants.items():
-        assert figures["state_bytes"] == 4 + sum(moments(shape, devices, name) for shape in SHAPES[tree])
+        assert figures["state_bytes"] == 4 + sum(moments(shape, devices, name) for shape in SHAPES)
         assert figures["temp_bytes"] >= 0
 
 
-@pytest.mark.parametrize("tree", ["square", "gpt2"])
-def test_counts_one_all_gather_per_sharded_leaf(cases, tree):
-    split = [shape for shape in SHAPES[tree] if math.prod(shape) >= 1024]
-    for name, figures in cases[tree, 8].items():
+def test_counts_one_all_gather_per_sharded_leaf(cases):
+    split = [shape for shape in SHAPES if math.prod(shape) >= 1024]
+    for name, figures in cases[8].items():
         operands = sum(moments(shape, 8, name) for shape in split) // 2
         gathers = {"all-gather": {"count": len(split), "bytes": operands}}
         assert figures["collectives"] == ({} if name == "replicated optax" else gathers)
 
 
-@pytest.mark.parametrize("tree", ["square", "gpt2"])
-def test_one_device_has_no_collectives(cases, tree):
-    assert all(figures["collectives"] == {} for figures in cases[tree, 1].values())
+def test_one_device_has_no_collectives(cases):
+    assert all(figures["collectives"] == {} for figures in cases[1].values())

@@ -1,5 +1,6 @@
 """Every Python block of the README and docs runs, and so does every example in a docstring of the core."""
 
+import dataclasses
 import doctest
 import importlib
 import re
@@ -12,6 +13,8 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import shardadam
+from shardadam.trainer.build import plan_for
+from shardadam.trainer.config import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -45,3 +48,16 @@ def test_docstring_examples(name):
         result = doctest.testmod(module, extraglobs=names)
     assert result.attempted
     assert not result.failed
+
+
+def test_the_bytes_in_the_readme_are_those_of_the_plan():
+    rows = re.findall(
+        r"^\| ([\w-]+) \(\w+\) \| ([\d,]+) \| (\S+) \| ([\d,]+) \| ([\d,]+) \|", (ROOT / "README.md").read_text(), re.M
+    )
+    assert len(rows) == 5
+    for name, *numbers in rows:
+        config = dataclasses.replace(load_config(ROOT / "configs" / f"{name}.yaml"), mesh=numbers.pop(1))
+        plan = plan_for(config)
+        size = sum(leaf.size for leaf in plan.leaves.values())
+        wanted = [size, plan.replicated_state_bytes(), plan.state_bytes_per_device()]
+        assert [int(number.replace(",", "")) for number in numbers] == wanted

@@ -452,6 +452,44 @@ def test_what_does_not_fit_the_plan_is_named(data_mesh):
         shardadam.adam(1e-2, mesh=data_mesh, axis_name="dta").init(params)
 
 
+def test_inside_a_shard_map_over_the_data_axis_it_says_what_to_do(data_mesh):
+    params = random_tree(0)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, data_mesh))
+    inside = jax.shard_map(
+        lambda g: tx.update(g, tx.init(params))[0], mesh=data_mesh, in_specs=P(), out_specs=P(), check_vma=False
+    )
+    with pytest.raises(ValueError, match=r"inside a shard_map that is manual over \['data'\].*update outside of it"):
+        jax.jit(inside)(params)
+
+
+def test_init_allocates_shards_only(data_mesh):
+    params = {
+        "kernel": jax.ShapeDtypeStruct((4096, 64), jnp.float32),
+        "odd": jax.ShapeDtypeStruct((1025, 257), jnp.float32),
+    }
+    plan = shardadam.make_plan(params, data_mesh)
+    tx = shardadam.scale_by_adam(plan=plan)
+    memory = jax.jit(lambda: tx.init(params)).lower().compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1024
+    # Four buffers of 8 bytes for pointers, and alignment.
+    assert memory.output_size_in_bytes - plan.state_bytes_per_device() < 256
+    state = tx.init(params)
+    assert sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(state)) == plan.state_bytes_per_device()
+
+
+def test_eager_updates_move_no_parameter():
+    sizes, specs = MESHES["tensor"]
+    mesh = make_mesh(sizes)
+    params = put(random_tree(0), mesh, specs)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, mesh, min_size=0))
+    state = tx.init(params)
+    for t in range(2):
+        updates, state = tx.update(put(random_tree(1 + t), mesh, specs), state, params)
+        moved = optax.apply_updates(params, updates)
+        assert jax.tree.map(lambda x: x.sharding, moved) == jax.tree.map(lambda x: x.sharding, params)
+        params = moved
+
+
 def test_signatures_begin_like_optax():
     import inspect
 
