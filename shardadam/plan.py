@@ -169,6 +169,7 @@ def make_plan(
         _check_spec(path, shape, spec, sizes)
         plan = plan_leaf(shape, dtype, spec, axis_sizes=sizes, axis_names=axis_names, layout=layout, min_size=min_size)
         items.append((path, plan))
+    _check_names([path for path, _ in items])
     return Plan(mesh=mesh, axis_names=axis_names, items=tuple(items))
 
 
@@ -213,6 +214,13 @@ def _check_axes(axis_names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> None:
     for axis in axis_names:
         if axis not in mesh.shape:
             raise ValueError(f"axis_name: the mesh has no axis {axis!r}, only {tuple(mesh.shape)}")
+
+
+def _check_names(paths: list[str]) -> None:
+    """Refuses two leaves of one name, as {"a/b": x, "a": {"b": y}} has: one would take the other's place."""
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise ValueError(f"`{twice}`: two leaves have this name; rename a key of the tree that has '/' in it")
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> None:

@@ -125,6 +125,11 @@ def test_bad_input_is_named(options, message):
         shardadam.make_plan(W, {"data": 4, "model": 2}, **options)
 
 
+def test_two_leaves_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="`a/b`: two leaves have this name"):
+        shardadam.make_plan({"a/b": np.zeros(3, np.float32), "a": {"b": np.zeros(3, np.float32)}}, {"data": 4})
+
+
 def test_a_leaf_the_plan_does_not_have():
     plan = shardadam.make_plan(W, {"data": 4})
     with pytest.raises(ValueError, match="`dec/w`: the plan has no such leaf"):
