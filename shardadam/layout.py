@@ -125,8 +125,13 @@ def plan_leaf(
     axis_names: tuple[str, ...],
     layout: Literal["auto", "natural", "packed"],
     min_size: int,
+    explicit: frozenset[str] = frozenset(),
 ) -> LeafPlan:
-    """Chooses the layout of one leaf; the arguments are `make_plan`'s, already checked."""
+    """Chooses the layout of one leaf; the arguments are `make_plan`'s, already checked.
+
+    `explicit` names the mesh's Explicit axes. A dim never holds axes of both types: JAX then places Explicit ones
+    first, or loses one, whatever the spec says.
+    """
     parts = entries(param_spec, len(shape))
     used = tuple(axis for e in parts for axis in e)
     axes = tuple(axis for axis in axis_names if axis not in used)
@@ -159,7 +164,8 @@ def plan_leaf(
         return leaf("whole", "scalar" if not shape else f"{size:,} elements, under min_size={min_size:,}")
     if layout != "packed":
         for dim in sorted(range(len(shape)), key=lambda dim: (len(parts[dim]), dim)):
-            if shape[dim] % (num_shards * math.prod(axis_sizes[axis] for axis in parts[dim])) == 0:
+            divides = shape[dim] % (num_shards * math.prod(axis_sizes[axis] for axis in parts[dim])) == 0
+            if divides and len({axis in explicit for axis in parts[dim] + axes}) == 1:
                 # Minor-most on a dim that the parameter shards already: the other order costs cross-axis permutes.
                 state = tuple(e + axes if i == dim else e for i, e in enumerate(parts))
                 return leaf("natural", f"dim {dim} divides by {num_shards}", state)
@@ -167,5 +173,7 @@ def plan_leaf(
             return leaf("whole", f"layout='natural', and no dim divides by {num_shards}")
         if num_rows(size // num_parts, num_shards) * LANES // num_shards >= size // num_parts:
             return leaf("whole", f"no dim divides by {num_shards}, and whole it is under one padded row")
+    if len({axis in explicit for axis in used + axes}) > 1:
+        return leaf("whole", f"{' and '.join(used + axes)} are Auto and Explicit axes, which cannot share its one dim")
     why = "layout='packed'" if layout == "packed" else f"no dim divides by {num_shards}"
     return leaf("packed", why, (used + axes,))

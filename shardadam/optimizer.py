@@ -16,7 +16,7 @@ from shardadam.layout import LeafPlan
 from shardadam.moments import Hyperparams, bias_corrections, safe_increment, update_leaf
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan, is_none, path_name
-from shardadam.sharding import constrain, named_sharding
+from shardadam.sharding import check_context, constrain, map_leaves, named_sharding
 from shardadam.update import check_shapes, update_on_mesh
 
 
@@ -28,7 +28,8 @@ class ShardedTransformation(optax.GradientTransformationExtraArgs):
     `packed=False` that holds for its natural and whole leaves only, and packed ones have their parameter's shape.
     """
 
-    plan_of: Callable[..., Plan | None]  # params -> the plan of their state; None where there is no mesh
+    plan_of: Callable[..., Plan | None] = staticmethod(lambda *_, **__: None)
+    """params -> the plan of their state; None where there is no mesh, or (after `_replace`) where it is not known."""
 
 
 def scale_by_adam(
@@ -47,19 +48,19 @@ def scale_by_adam(
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
     hyperparams = Hyperparams(b1, b2, eps, eps_root)
     plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
+    made_on: list[Mesh | AbstractMesh | None] = []  # The ambient meshes of init: update must not come without one.
 
     def init_fn(params: Any) -> optax.ScaleByAdamState:
         on = _sharded(plan_of(params))
 
-        def zeros(dtype: Any) -> Any:
-            return jax.tree_util.tree_map_with_path(
-                lambda k, x: _zeros(x, dtype) if on is None else _shard_zeros(on.leaf(path_name(k)), dtype, on), params
-            )
-
-        count = jnp.zeros([], jnp.int32)
-        return optax.ScaleByAdamState(
-            count=count if on is None else constrain(count, on.mesh, P()), mu=zeros(mu_dtype), nu=zeros(None)
-        )
+        if mesh is None and plan is None:
+            made_on.append(None if on is None else on.mesh)
+        if on is None:
+            count, zeros = jnp.zeros([], jnp.int32), _zeros
+        else:
+            map_leaves(_check_param, params, on)
+            count, zeros = _shard_zeros((), jnp.int32, P(), on.mesh), functools.partial(_state_zeros, on)
+        return optax.ScaleByAdamState(count=count, mu=zeros(params, mu_dtype), nu=zeros(params, None))
 
     def update_fn(
         updates: Any,
@@ -72,12 +73,19 @@ def scale_by_adam(
     ) -> tuple[Any, optax.ScaleByAdamState]:
         del extra
         on = shards_of or _sharded(plan_of(updates if params is None else params))
+        if on is not None:
+            check_context(on.mesh)
         keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
         count = safe_increment(jnp.asarray(state.count))
         # A None gradient takes its moments with it, as in optax.
         present = [i for i, (_, g) in enumerate(keyed) if g is not None]
         columns = [g for _, g in keyed], treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
         grads, mu, nu = ([column[i] for i in present] for column in columns)
+        if on is None and any(made_on) and made_on[-1] is not None and made_on[-1].size > 1:
+            raise ValueError(
+                f"update: the state was made under jax.set_mesh({made_on[-1]}), and there is no mesh now: the "
+                "parameters would be moved; enter the mesh here as well, or give the optimizer mesh= or plan="
+            )
         if on is None:
             corrections = bias_corrections(count, hyperparams)
             steps = [
@@ -249,17 +257,44 @@ def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:
     return x if placed else constrain(x, mesh, P())
 
 
-def _zeros(x: Any, dtype: Any) -> jax.Array:
-    return jnp.zeros(np.shape(x), dtype or jnp.result_type(x))
+def _zeros(params: Any, dtype: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros(np.shape(x), dtype or jnp.result_type(x)), params)
+
+
+def _state_zeros(plan: Plan, params: Any, dtype: Any) -> Any:
+    """Zeros in the state's layout for every parameter."""
+    return map_leaves(
+        lambda leaf, x, path: _shard_zeros(leaf.state_shape, dtype or leaf.dtype, leaf.state_spec, plan.mesh),
+        params,
+        plan,
+    )
+
+
+def _shard_zeros(shape: tuple[int, ...], dtype: Any, spec: P, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Zeros made in shards: never whole on a device."""
+    if isinstance(mesh, AbstractMesh):
+        x = jnp.zeros(shape, dtype)
+        if not isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"plan: made without devices, for {dict(mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
+            )
+        return constrain(x, mesh, spec)
+    sharding = named_sharding(mesh, spec, len(shape))
+    x = jnp.zeros(shape, dtype, device=sharding)
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    # Traced, where nothing else may name the devices, a jit of its own names them.
+    return constrain(jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)(), mesh, spec)
+
+
+def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:
+    got, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+    if (got, dtype) != (leaf.shape, leaf.dtype):
+        raise ValueError(
+            f"`{path}`: the parameter is {dtype}{list(got)}, the plan has {leaf.dtype}{list(leaf.shape)}; make the "
+            "plan from these parameters"
+        )
 
 
 def _abstract(leaf: LeafPlan) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _shard_zeros(leaf: LeafPlan, dtype: Any, plan: Plan) -> jax.Array:
-    """Zeros in the state's layout, made in shards: never whole on a device."""
-    shape, dtype = leaf.state_shape, dtype or leaf.dtype
-    concrete = isinstance(plan.mesh, Mesh)
-    x = jnp.zeros(shape, dtype, device=named_sharding(plan.mesh, leaf.state_spec, len(shape)) if concrete else None)
-    return constrain(x, plan.mesh, leaf.state_spec) if isinstance(x, jax.core.Tracer) or not concrete else x

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from shardadam.layout import entries
 from shardadam.plan import Plan, make_plan, spec_of
 from shardadam.sharding import axes_of_type, only_axes
 
@@ -39,7 +40,9 @@ def resolve_plan(
       quiet: do not warn that specs on Auto axes cannot be seen.
     """
     if plan is not None:
-        return bind(plan, mesh or ambient_mesh())
+        if not isinstance(plan, Plan):
+            raise ValueError(f"plan: got {type(plan).__name__}, wanted what shardadam.make_plan returns")
+        return bind(plan, mesh) if mesh is not None else bind(plan, _same_axes(plan, ambient_mesh()))
     if mesh is None:
         mesh = ambient_mesh()
         names = (axis_name,) if isinstance(axis_name, str) else axis_name
@@ -58,13 +61,20 @@ def resolve_plan(
     return plan
 
 
+def _same_axes(plan: Plan, mesh: Mesh | AbstractMesh | None) -> Mesh | AbstractMesh | None:
+    """The ambient mesh where it may be the plan's; it may also be there for something else."""
+    return mesh if mesh is not None and mesh.axis_names == plan.mesh.axis_names else None
+
+
 @functools.lru_cache(maxsize=16)
 def bind(plan: Plan, mesh: Mesh | AbstractMesh | None) -> Plan:
     """The plan on a mesh of devices, where it was made without."""
-    if mesh is None or isinstance(plan.mesh, Mesh) or mesh.axis_names != plan.mesh.axis_names:
+    if mesh is None:
         return plan
-    if mesh.axis_sizes != plan.mesh.axis_sizes:
+    if mesh.axis_names != plan.mesh.axis_names or mesh.axis_sizes != plan.mesh.axis_sizes:
         raise ValueError(f"plan: made for the mesh {dict(plan.mesh.shape)}, used on {dict(mesh.shape)}; plan again")
+    if isinstance(plan.mesh, Mesh):
+        return plan
     return Plan(mesh=mesh, axis_names=plan.axis_names, items=plan.items)
 
 
@@ -72,7 +82,8 @@ def _warn_unseen(params: Any, auto: tuple[str, ...], plan: Plan) -> None:
     """Says what it costs that the parameters' specs cannot be seen on Auto axes: only where it may cost something."""
     leaves = jax.tree.leaves(params)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves)
-    sharded = any(axis in auto for x in leaves for e in spec_of(x) if e for axis in ((e,) if isinstance(e, str) else e))
+    others = set(auto) - set(plan.axis_names)
+    sharded = any(axis in others for x in leaves for axes in entries(spec_of(x), np.ndim(x)) for axis in axes)
     if not traced and not sharded:
         return
     warnings.warn(
@@ -81,5 +92,5 @@ def _warn_unseen(params: Any, auto: tuple[str, ...], plan: Plan) -> None:
         f"gradients and updates over those axes, and mu and nu are split into {plan.num_shards} shards, over "
         f"{plan.axis_names} only. Pass a plan: shardadam.adam(..., plan=shardadam.make_plan(params, mesh)), made from "
         "the placed parameters outside of jit; or use Explicit axes (jax.make_mesh).",
-        stacklevel=5,
+        stacklevel=2,
     )

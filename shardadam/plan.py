@@ -108,6 +108,10 @@ class Plan:
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without what was cached: a hash of names is another in another process.
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
@@ -149,6 +153,7 @@ def make_plan(
       (True, 65540)
     """
     if not isinstance(mesh, Mesh | AbstractMesh):
+        _check_sizes(mesh)
         mesh = AbstractMesh(tuple(mesh.values()), tuple(mesh), axis_types=(AxisType.Auto,) * len(mesh))
     axis_names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     _check_axes(axis_names, mesh)
@@ -163,11 +168,23 @@ def make_plan(
     else:
         specs = [P() if s is None else s for s in _broadcast(param_specs, params, treedef)]
     sizes = dict(mesh.shape)
+    explicit = frozenset(
+        name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
+    )
     items = []
     for (keypath, x), spec in zip(leaves, specs, strict=True):
         path, shape, dtype = path_name(keypath), tuple(np.shape(x)), _dtype(x)
         _check_spec(path, shape, spec, sizes)
-        plan = plan_leaf(shape, dtype, spec, axis_sizes=sizes, axis_names=axis_names, layout=layout, min_size=min_size)
+        plan = plan_leaf(
+            shape,
+            dtype,
+            spec,
+            axis_sizes=sizes,
+            axis_names=axis_names,
+            layout=layout,
+            min_size=min_size,
+            explicit=explicit,
+        )
         items.append((path, plan))
     _check_names([path for path, _ in items])
     return Plan(mesh=mesh, axis_names=axis_names, items=tuple(items))
@@ -180,7 +197,7 @@ def spec_of(x: Any) -> P:
 
 
 def _dtype(x: Any) -> np.dtype:
-    return np.dtype(x.dtype) if hasattr(x, "dtype") else np.dtype(jnp.result_type(x))
+    return np.dtype(jax.dtypes.canonicalize_dtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x)))
 
 
 def _itemsize(leaf: LeafPlan, mu_dtype: Any) -> int:
@@ -208,12 +225,25 @@ def _broadcast(specs: Any, params: Any, treedef: Any) -> list[P]:
         ) from error
 
 
+def _check_sizes(mesh: Any) -> None:
+    if not isinstance(mesh, Mapping):
+        raise ValueError(f"mesh: got {mesh!r}, wanted a Mesh, an AbstractMesh or axis sizes such as {{'data': 512}}")
+    for axis, size in mesh.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"mesh: axis {axis!r} has size {size!r}, wanted a number of devices, 1 or more")
+
+
 def _check_axes(axis_names: tuple[str, ...], mesh: Mesh | AbstractMesh) -> None:
     if not axis_names or len(set(axis_names)) != len(axis_names):
         raise ValueError(f"axis_name: got {axis_names!r}, wanted one mesh axis or a tuple of different ones")
     for axis in axis_names:
         if axis not in mesh.shape:
             raise ValueError(f"axis_name: the mesh has no axis {axis!r}, only {tuple(mesh.shape)}")
+    types = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if len({types[axis] for axis in axis_names}) > 1:
+        raise ValueError(
+            f"axis_name: {axis_names!r} are of different axis types ({types}); make them all Auto or Explicit"
+        )
 
 
 def _check_names(paths: list[str]) -> None:
@@ -225,7 +255,7 @@ def _check_names(paths: list[str]) -> None:
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> None:
     """Refuses a spec that does not fit: JAX would replicate such a leaf in silence, or fail far from here."""
-    if not isinstance(spec, P):
+    if not isinstance(spec, P) or P.UNCONSTRAINED in tuple(spec):
         raise ValueError(f"`{path}`: got {spec!r} among param_specs, wanted a PartitionSpec or None")
     if len(spec) > len(shape):
         raise ValueError(f"`{path}`: {spec} names {len(spec)} dims, the leaf has {len(shape)} (shape {shape})")

@@ -1,5 +1,6 @@
 """A plan on a mesh: NamedShardings, bringing leaves to the state's layout and back, and `audit`."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ def constrain(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
     every axis is asked for in its own way.
     """
     if not isinstance(x, jax.core.Tracer):
-        return jax.device_put(x, named_sharding(mesh, spec, x.ndim))
+        return jax.device_put(x, named_sharding(mesh, spec, jnp.ndim(x)))
     explicit, auto = axes_of_type(mesh, AxisType.Explicit), axes_of_type(mesh, AxisType.Auto)
     if explicit:
         x = jax.reshard(x, NamedSharding(mesh, only_axes(spec, explicit, x.ndim)))
@@ -62,6 +63,7 @@ def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Ar
     Returns:
       An array of `leaf.state_shape`, sharded by `leaf.state_spec`; zeros where the padding is.
     """
+    assert jnp.shape(x) == leaf.shape, (jnp.shape(x), leaf)
     # The parameter's own spec first: asked for the state's at once, sharding propagation would reach into the loss.
     x = constrain(x, mesh, leaf.param_spec)
     if leaf.layout == "packed":
@@ -89,6 +91,7 @@ def unpack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.
     Returns:
       An array of `leaf.shape`, sharded by `leaf.param_spec`.
     """
+    assert jnp.shape(x) == leaf.state_shape, (jnp.shape(x), leaf)
     x = constrain(x, mesh, leaf.state_spec)
     if leaf.layout == "packed":
         parts = canonical_spec(
@@ -122,13 +125,10 @@ def map_moments(f: Callable[[LeafPlan, Any, str], Any], state: Any, plan: Plan) 
       ValueError: a moment that the plan does not know.
     """
 
-    def is_adam(x: Any) -> bool:
-        return isinstance(x, optax.ScaleByAdamState)
-
     def node(x: Any) -> Any:
-        return x._replace(mu=map_leaves(f, x.mu, plan), nu=map_leaves(f, x.nu, plan)) if is_adam(x) else x
+        return x._replace(mu=map_leaves(f, x.mu, plan), nu=map_leaves(f, x.nu, plan)) if _is_adam(x) else x
 
-    return jax.tree.map(node, state, is_leaf=is_adam)
+    return jax.tree.map(node, state, is_leaf=_is_adam)
 
 
 def map_leaves(f: Callable[[LeafPlan, Any, str], Any], tree: Any, plan: Plan) -> Any:
@@ -159,46 +159,89 @@ def state_shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh | None = N
     return map_moments(lambda leaf, _, path: named_sharding(mesh, leaf.state_spec, len(leaf.state_shape)), placed, plan)
 
 
-def audit(state: Any, plan: Plan) -> None:
+def check_context(mesh: Mesh | AbstractMesh) -> None:
+    """Refuses to work on `mesh` inside a `jax.set_mesh` of another one, or inside a `shard_map`.
+
+    Raises:
+      ValueError: with both meshes, before JAX does so from deep within.
+    """
+    current = jax.sharding.get_abstract_mesh()
+    if current.empty:
+        return
+    if current.manual_axes:
+        raise ValueError(
+            f"update: called inside a shard_map that is manual over {sorted(current.manual_axes)}: wanted whole "
+            "arrays; return the gradients from the shard_map (psum them) and update outside of it"
+        )
+    mine = dict(mesh.shape), tuple(mesh.axis_types)
+    if mine != (dict(current.shape), tuple(current.axis_types)):
+        raise ValueError(
+            f"update: the state is on the mesh {mesh}, the current one (jax.set_mesh) is {current}; enter the state's "
+            "own mesh, with the same axis types, or none"
+        )
+
+
+def audit(state: Any, plan: Plan, *, mu_dtype: Any = None) -> None:
     """Checks that every mu and nu in a state is where its plan says.
+
+    Leaves that are not in the state are not missed: `optax.masked` gives Adam a part of the parameters.
 
     Args:
       state: a tree of arrays (or of ShapeDtypeStructs with shardings) with at least one `optax.ScaleByAdamState`.
       plan: the plan.
+      mu_dtype: what mu must be in; default: any one dtype of the parameters' kind (real or complex).
 
     Raises:
       ShardingError: names each leaf that is replicated, on one device, split in another way, in another memory, or of
         another shape or dtype, with what was got, what was wanted and what to do; or says that there is no Adam state.
     """
-    found, faults = [], []
+    states = [x for x in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(x)]
+    if not states and plan.items:
+        raise ShardingError(
+            f"no optax.ScaleByAdamState in {type(state).__name__}: got none, wanted one with mu and nu (of an "
+            "nnx.Optimizer, pass optimizer.opt_state)"
+        )
+    found, faults = 0, []
 
-    def check(leaf: LeafPlan, x: Any, path: str) -> Any:
-        found.append(path)
-        if (fault := _fault(leaf, x, plan)) is not None:
-            faults.append(f"`{path}`: {fault}")
-        return x
+    def check(field: str, leaf: LeafPlan, x: Any, path: str) -> None:
+        nonlocal found
+        found += 1
+        fault = _dtype_fault(field, leaf, x, mu_dtype) or _place_fault(leaf, x, plan)
+        if fault is not None:
+            faults.append(f"{field} of `{path}`: {fault}")
 
-    map_moments(check, state, plan)
-    if not found and plan.items:
-        raise ShardingError(f"no optax.ScaleByAdamState in {type(state).__name__}: got none, wanted one with mu and nu")
+    for adam in states:
+        map_leaves(functools.partial(check, "mu"), adam.mu, plan)
+        map_leaves(functools.partial(check, "nu"), adam.nu, plan)
     if faults:
         raise ShardingError(
-            f"{len(faults)} of {len(found)} leaves of mu and nu are not where the plan says:\n  "
+            f"{len(faults)} of {found} leaves of mu and nu are not where the plan says:\n  "
             + "\n  ".join(faults)
             + "\nMake the state with this plan's own init, shardadam.adam(..., plan=plan).init(params), and keep jit's "
             "out_shardings off it."
         )
 
 
-def _fault(leaf: LeafPlan, x: Any, plan: Plan) -> str | None:
-    """What is wrong with one leaf of mu or nu; None if nothing is."""
+def _is_adam(x: Any) -> bool:
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any) -> str | None:
+    """What is wrong with the dtype of one leaf of mu or nu; None if nothing is."""
+    got = jnp.result_type(x)
+    if field == "nu" or mu_dtype is not None:
+        wanted = leaf.dtype if field == "nu" else jnp.dtype(mu_dtype)
+        return None if got == wanted else f"got dtype {got}, wanted {wanted}"
+    kind = jnp.complexfloating if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.floating
+    return None if jnp.issubdtype(got, kind) else f"got dtype {got}, wanted one of the kind of {leaf.dtype}"
+
+
+def _place_fault(leaf: LeafPlan, x: Any, plan: Plan) -> str | None:
+    """What is wrong with the shape or the place of one leaf of mu or nu; None if nothing is."""
     if jnp.shape(x) != leaf.state_shape:
         return f"got shape {jnp.shape(x)}, wanted {leaf.state_shape} ({leaf.layout})"
-    if jnp.issubdtype(x.dtype, jnp.complexfloating) != jnp.issubdtype(leaf.dtype, jnp.complexfloating) or not (
-        jnp.issubdtype(x.dtype, jnp.inexact)
-    ):
-        return f"got dtype {x.dtype}, wanted one of the kind of {leaf.dtype}"
-    wanted = named_sharding(plan.mesh, leaf.state_spec, x.ndim)
+    ndim = len(leaf.state_shape)
+    wanted = named_sharding(plan.mesh, leaf.state_spec, ndim)
     got = getattr(x, "sharding", None)
     if got is None:
         return f"got an array without a sharding, wanted {leaf.state_spec}"
@@ -207,9 +250,9 @@ def _fault(leaf: LeafPlan, x: Any, plan: Plan) -> str | None:
     if got.num_devices != plan.mesh.size:
         return f"got {got.num_devices} device(s), wanted {leaf.state_spec} over {plan.mesh.size}"
     if isinstance(plan.mesh, AbstractMesh):
-        same = isinstance(got, NamedSharding) and entries(P(*got.spec), x.ndim) == entries(leaf.state_spec, x.ndim)
+        same = isinstance(got, NamedSharding) and entries(P(*got.spec), ndim) == entries(leaf.state_spec, ndim)
     else:
-        same = got.is_equivalent_to(wanted, x.ndim)
+        same = got.is_equivalent_to(wanted, ndim)
     if not same:
         what = "a replicated array" if got.is_fully_replicated else f"{getattr(got, 'spec', got)}"
         return f"got {what}, wanted {leaf.state_spec} ({leaf.layout})"

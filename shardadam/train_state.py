@@ -1,6 +1,7 @@
 """Flax's TrainState with its optimizer state in shards from the start, and the update added on the shards."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,7 +18,16 @@ from shardadam.layout import LeafPlan
 from shardadam.optimizer import ShardedTransformation
 from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
-from shardadam.sharding import audit, constrain, map_leaves, named_sharding, pack_leaf, state_shardings, unpack_leaf
+from shardadam.sharding import (
+    audit,
+    check_context,
+    constrain,
+    map_leaves,
+    named_sharding,
+    pack_leaf,
+    state_shardings,
+    unpack_leaf,
+)
 
 
 class TrainState(train_state.TrainState):
@@ -67,9 +77,15 @@ class TrainState(train_state.TrainState):
         plan = _plan_from(trained) if plan is None else bind(plan, ambient_mesh())
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         mesh = None if traced or not isinstance(plan.mesh, Mesh) else plan.mesh
-        params = _on(mesh, params)
-        step, opt_state = _on(mesh, (jnp.zeros([], jnp.int32), tx.init(_trained(params))))
-        if mesh is not None:
+        if mesh is None:
+            step, opt_state = jnp.zeros([], jnp.int32), tx.init(trained)
+        else:
+            trained = map_leaves(functools.partial(_place_param, mesh), trained, plan)
+            params = _on(mesh, _with_trained(params, trained))
+            # A combinator's own accumulators start as the parameters it is shown: in shards, where their shape allows.
+            hidden = not isinstance(tx, ShardedTransformation)
+            shown = map_leaves(functools.partial(_natural_shard, mesh), trained, plan) if hidden else trained
+            step, opt_state = _on(mesh, (jnp.zeros([], jnp.int32), tx.init(shown)))
             audit(opt_state, plan)
         return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **kwargs)
 
@@ -102,12 +118,17 @@ class TrainState(train_state.TrainState):
 def _apply(grads: Any, opt_state: Any, params: Any, *, tx: Any, plan: Plan) -> tuple[Any, Any]:
     # Within a combinator of optax's, something else may go by a parameter's shape (a mask on ndim): packed leaves then
     # keep that shape outside of Adam, and only their updates are gathered instead.
+    check_context(plan.mesh)
     packed = isinstance(tx, ShardedTransformation)
 
     def sharded(leaf: LeafPlan) -> bool:
         return packed or leaf.layout != "packed"
 
     def to_shards(leaf: LeafPlan, x: Any, path: str) -> Any:
+        if x is not None and jnp.shape(x) != leaf.shape:
+            raise ValueError(
+                f"`{path}`: got shape {jnp.shape(x)}, the plan has {leaf.shape}; make a state for this tree"
+            )
         return pack_leaf(x, leaf, plan.mesh) if x is not None and sharded(leaf) else x
 
     def to_whole(leaf: LeafPlan, x: Any, path: str) -> Any:
@@ -136,20 +157,34 @@ def _with_trained(tree: Any, trained: Any) -> Any:
 
 
 def _overwrites(tree: Any) -> bool:
-    return isinstance(tree, dict) and OVERWRITE_WITH_GRADIENT in tree
+    return isinstance(tree, Mapping) and OVERWRITE_WITH_GRADIENT in tree
 
 
-def _on(mesh: Mesh | None, tree: Any) -> Any:
+def _on(mesh: Mesh, tree: Any) -> Any:
     """Arrays on the mesh: those that have their place there as they are, all others replicated."""
-    if mesh is None:
-        return tree
+    return jax.tree.map(lambda x: x if _placed(mesh, x) else constrain(jnp.asarray(x), mesh, P()), tree)
 
-    def put(x: Any) -> Any:
-        sharding = getattr(x, "sharding", None)
-        placed = isinstance(sharding, NamedSharding) and sharding.num_devices == mesh.size
-        return x if placed or isinstance(x, jax.ShapeDtypeStruct) else constrain(jnp.asarray(x), mesh, P())
 
-    return jax.tree.map(put, tree)
+def _placed(mesh: Mesh, x: Any) -> bool:
+    sharding = getattr(x, "sharding", None)
+    return isinstance(x, jax.ShapeDtypeStruct) or (isinstance(sharding, NamedSharding) and sharding.mesh == mesh)
+
+
+def _place_param(mesh: Mesh, leaf: LeafPlan, x: Any, path: str) -> Any:
+    """A parameter where the plan says; one that has another place on the mesh is not moved but refused."""
+    wanted = named_sharding(mesh, leaf.param_spec, len(leaf.shape))
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return x
+    if _placed(mesh, x) and not x.sharding.is_equivalent_to(wanted, len(leaf.shape)):
+        raise ValueError(
+            f"`{path}`: the parameter is sharded by {x.sharding.spec}, the plan has {leaf.param_spec}; make the plan "
+            "from the placed parameters, or with their param_specs"
+        )
+    return constrain(jnp.asarray(x), mesh, leaf.param_spec)
+
+
+def _natural_shard(mesh: Mesh, leaf: LeafPlan, x: Any, path: str) -> Any:
+    return x if leaf.layout == "packed" or isinstance(x, jax.ShapeDtypeStruct) else constrain(x, mesh, leaf.state_spec)
 
 
 def _plan_from(params: Any) -> Plan:

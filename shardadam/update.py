@@ -46,12 +46,6 @@ def update_on_mesh(
     nesterov: bool,
 ) -> list[Step]:
     """Adam on the shards, from gradients and to updates that are in shards themselves where `sharded` says so."""
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
-    if inside := sorted(manual & {axis for leaf in leaves for axis in leaf.shard_axes}):
-        raise ValueError(
-            f"update: called inside a shard_map that is manual over {inside}, over which this state is split: wanted "
-            "whole arrays; return the gradients from the shard_map (psum them) and update outside of it"
-        )
     if isinstance(mesh, Mesh):  # Eager gradients may still be on one device.
         grads = [
             g if in_shards or isinstance(g, jax.core.Tracer) else constrain(g, mesh, leaf.param_spec)
@@ -137,4 +131,5 @@ def _defined_on_padding(hyperparams: Hyperparams, leaf: LeafPlan, nu: jax.Array)
     lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, 1)
     full, rest = divmod(leaf.size // leaf.num_parts, LANES)
     real = (row < full) | ((row == full) & (lane < rest))
-    return hyperparams._replace(eps=jnp.where(real, jnp.asarray(hyperparams.eps, nu.dtype), jnp.ones((), nu.dtype)))
+    # Weak where it is Python's, so that it takes no part in type promotion, as in optax.
+    return hyperparams._replace(eps=jnp.where(real, hyperparams.eps, 1.0))

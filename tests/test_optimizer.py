@@ -501,3 +501,94 @@ def test_signatures_begin_like_optax():
             assert mine[parameter.name].default == parameter.default, (name, parameter.name)
             assert mine[parameter.name].kind == parameter.kind
         assert list(mine)[len(theirs) :] == ["mesh", "axis_name", "plan"]
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+def test_init_under_jit_needs_no_mesh_context(axis_type):
+    mesh = make_mesh({"data": 8}, axis_type)
+    params = random_tree(0)
+    plan = shardadam.make_plan(params, mesh, min_size=0)
+    tx = shardadam.adam(1e-2, plan=plan)
+    for given in (params, put(params, mesh)):
+        shardadam.audit(jax.jit(tx.init)(given), plan)
+
+
+def test_a_dim_never_holds_auto_and_explicit_axes():
+    """JAX would order them its own way, or lose one: such dims are passed over."""
+    devices = np.array(jax.devices()).reshape(4, 2)
+    mesh = jax.sharding.Mesh(devices, ("data", "model"), axis_types=(EXPLICIT, AUTO))
+    host = {"w": np.ones((7, 64), np.float32), "odd": np.ones((34, 257), np.float32)}
+    plan = shardadam.make_plan(host, mesh, param_specs={"w": P(None, "model"), "odd": P("model")}, min_size=0)
+    assert {leaf.layout for leaf in plan.leaves.values()} == {"whole"}
+    assert "model and data are Auto and Explicit axes" in plan.leaves["odd"].reason
+    params = put(host, mesh, {"w": P(None, "model"), "odd": P("model")})
+    tx = shardadam.adam(1e-2, plan=plan)
+    params, state, step = run(
+        tx, params, tx.init(params), [put(host, mesh, {"w": P(None, "model"), "odd": P("model")})] * 2
+    )
+    shardadam.audit(state, plan)
+    assert step._cache_size() == 1
+    with pytest.raises(ValueError, match="of different axis types"):
+        shardadam.make_plan(host, mesh, axis_name=("data", "model"))
+
+
+def test_update_without_the_mesh_that_init_was_under(data_mesh):
+    params = put(random_tree(0), data_mesh)
+    tx = shardadam.adam(1e-2)
+    with jax.set_mesh(data_mesh):
+        state = tx.init(params)
+    with pytest.raises(ValueError, match=r"made under jax\.set_mesh\(.*give the optimizer mesh= or plan="):
+        make_step(tx)(params, state, params)
+
+
+def test_another_current_mesh_is_named(data_mesh):
+    params = random_tree(0)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, data_mesh))
+    state = tx.init(params)
+    explicit, other = make_mesh({"data": 8}, EXPLICIT), make_mesh({"data": 4, "model": 2})
+    for mesh in (explicit, other):
+        with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"the current one \(jax\.set_mesh\) is"):
+            jax.jit(tx.update)(params, state, params)
+
+
+def test_a_plan_without_devices_asks_for_them():
+    params = random_tree(0)
+    plan = shardadam.make_plan(params, {"data": 8})
+    tx = shardadam.adam(1e-2, plan=plan)
+    with pytest.raises(ValueError, match=r"made without devices.*pass mesh="):
+        tx.init(params)
+    assert jax.eval_shape(tx.init, params)[0].mu["odd"].shape == (8, 1024)
+    with pytest.raises(ValueError, match=r"made for the mesh \{'data': 8\}, used on \{'data': 4, 'model': 2\}"):
+        shardadam.adam(1e-2, plan=plan, mesh=make_mesh({"data": 4, "model": 2})).init(params)
+    with pytest.raises(ValueError, match="plan: got dict, wanted what"):
+        shardadam.adam(1e-2, plan={"data": 8}).init(params)
+
+
+def test_init_refuses_parameters_that_are_not_the_plans(data_mesh):
+    params = random_tree(0)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, data_mesh))
+    with pytest.raises(ValueError, match=r"`head`: the parameter is float32\[24, 50\], the plan has float32\[50, 24\]"):
+        tx.init(params | {"head": params["head"].T})
+    with pytest.raises(ValueError, match=r"`head`: the parameter is bfloat16\[50, 24\]"):
+        tx.init(params | {"head": jnp.asarray(params["head"], jnp.bfloat16)})
+
+
+@pytest.mark.parametrize("options", [{"eps": np.float32(1e-3)}, {"eps": 1e-3, "eps_root": np.float32(1e-3)}])
+def test_array_eps_takes_part_in_promotion_as_in_optax(options, data_mesh):
+    options = {name: jnp.asarray(x) if isinstance(x, np.float32) else x for name, x in options.items()}
+    params, grads = random_tree(0, jnp.bfloat16), random_tree(1, jnp.bfloat16)
+    plan = shardadam.make_plan(params, data_mesh, layout="packed", min_size=0)
+    reference, tx = optax.scale_by_adam(**options), shardadam.scale_by_adam(**options, plan=plan)
+    wanted, _ = jax.jit(reference.update)(grads, reference.init(params))
+    got, _ = jax.jit(tx.update)(grads, tx.init(params))
+    # bfloat16 and float32 mixed in one division: XLA widens one or the other first, an ulp of float32.
+    assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, wanted)
+
+
+def test_float64_on_the_host_is_float32_in_jax(data_mesh):
+    params = {"w": np.ones((64, 48))}
+    plan = shardadam.make_plan(params, data_mesh)
+    state = shardadam.adam(1e-2, plan=plan).init(params)
+    assert plan.leaves["w"].dtype == state[0].nu["w"].dtype == jnp.float32
+    assert plan.state_bytes_per_device() == 4 + 64 * 48

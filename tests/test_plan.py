@@ -1,5 +1,10 @@
 """`make_plan`: shapes in, a frozen plan out, on any mesh, real or only named."""
 
+import copy
+import pickle
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -102,6 +107,25 @@ def test_the_report_names_every_leaf_and_the_totals():
     assert "2 leaves stay whole" in report
 
 
+def test_a_plan_survives_pickle_and_deepcopy_and_hashes_alike_in_another_process():
+    plan = shardadam.make_plan(abstract(SHAPES), {"data": 8})
+    assert hash(plan) == hash(copy.deepcopy(plan))
+    assert plan.leaves
+    assert copy.deepcopy(plan) == plan
+    code = (
+        "import pickle, sys; plan = pickle.loads(sys.stdin.buffer.read());"
+        "same = type(plan)(mesh=plan.mesh, axis_names=plan.axis_names, items=plan.items);"
+        "assert plan == same and hash(plan) == hash(same)"
+    )
+    subprocess.run([sys.executable, "-c", code], input=pickle.dumps(plan), check=True, timeout=120)
+
+
+@pytest.mark.parametrize("mesh", [{"data": 0}, {"data": 2.5}, {"data": "8"}, 8, None])
+def test_a_mesh_that_is_none_is_named(mesh):
+    with pytest.raises(ValueError, match="mesh: "):
+        shardadam.make_plan(abstract(SHAPES), mesh)
+
+
 W = {"enc": {"w": np.zeros((17, 8), np.float32)}}
 
 
@@ -116,6 +140,7 @@ W = {"enc": {"w": np.zeros((17, 8), np.float32)}}
         ({"param_specs": P("model")}, "`enc/w`: dim 0 is 17, not divisible by 2 devices on model"),
         ({"param_specs": P("tensor")}, "`enc/w`: .*names axis 'tensor', the mesh has"),
         ({"param_specs": P(None, None, "model")}, "`enc/w`: .*names 3 dims, the leaf has 2"),
+        ({"param_specs": P(P.UNCONSTRAINED)}, "`enc/w`: got .* among param_specs"),
         ({"param_specs": {"enc": {"w": "model"}}}, "`enc/w`: got 'model' among param_specs"),
         ({"param_specs": {"enc": {"v": P()}}}, "param_specs: got a tree that does not match"),
     ],

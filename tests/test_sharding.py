@@ -92,6 +92,7 @@ def faulty(params, plan, mesh):
         ),
         r"got shape \(48, 64\), wanted \(64, 48\)": with_kernel(kernel.T),
         r"got dtype int32": with_kernel(kernel.astype(jnp.int32)),
+        r"got dtype float16, wanted float32": state._replace(nu=state.nu | {"kernel": kernel.astype(jnp.float16)}),
         r"got dtype complex64": with_kernel(kernel.astype(jnp.complex64)),
     }
 
@@ -102,6 +103,9 @@ def test_audit_names_each_fault(data_mesh):
     good = shardadam.scale_by_adam(plan=plan).init(params)
     shardadam.audit(good, plan)
     shardadam.audit({"nested": (good,)}, plan)
+    shardadam.audit(good, plan, mu_dtype=jnp.float32)
+    with pytest.raises(shardadam.ShardingError, match="mu of `kernel`: got dtype float32, wanted bfloat16"):
+        shardadam.audit(good, plan, mu_dtype=jnp.bfloat16)
     for message, state in faulty(params, plan, data_mesh).items():
         with pytest.raises(shardadam.ShardingError, match=rf"(?s)1 of .*`kernel`: {message}.*Make the state with"):
             shardadam.audit(state, plan)

@@ -257,3 +257,48 @@ def test_nnx_optimizer(axis_type, jitted):
         assert got.sharding.is_fully_replicated
     assert set(plans[0].leaves) == {"first/bias", "first/kernel", "rest/0/bias", "rest/0/kernel"}
     shardadam.audit(nnx.as_pure(optimizer.opt_state), plans[0])
+
+
+def test_what_does_not_fit_is_refused_before_it_is_packed(data_mesh):
+    params = {"odd": np.ones((17, 257), np.float32)}
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, mesh=data_mesh))
+    good = np.ones((17, 257), np.float32)
+    for grad in (good[:5], good.T, good.reshape(-1), np.float32(3)):
+        with pytest.raises(ValueError, match=r"`odd`: got shape .*, the plan has \(17, 257\)"):
+            state.apply_gradients(grads={"odd": grad})
+    with pytest.raises(ValueError, match="`odd`: got shape"):
+        state.replace(params={"odd": jnp.ones((5, 257))}).apply_gradients(grads={"odd": good})
+
+
+def test_params_are_placed_by_the_plan_and_never_moved():
+    mesh = make_mesh({"data": 4, "model": 2})
+    host = random_tree(0)
+    specs = {name: TENSOR.get(name) for name in host}
+    plan = shardadam.make_plan(host, mesh, param_specs=specs, min_size=0)
+    tx = shardadam.adam(1e-2, plan=plan)
+    state = shardadam.TrainState.create(apply_fn=None, params=host, tx=tx)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == state.shardings.params
+    before = apply._cache_size()
+    for t in range(3):
+        state = apply(state, put(random_tree(t), mesh, TENSOR))
+    assert apply._cache_size() - before == 1
+    with pytest.raises(ValueError, match=r"`head`: the parameter is sharded by .*, the plan has .*'model'"):
+        shardadam.TrainState.create(apply_fn=None, params=put(host, mesh), tx=tx)
+
+
+@pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
+@pytest.mark.parametrize("kind", ["MultiSteps", "ema"])
+def test_accumulators_of_combinators_are_in_shards_and_compile_once(kind, axis_type):
+    mesh = make_mesh({"data": 8}, axis_type)
+    host = random_tree(0)
+    plan = shardadam.make_plan(host, mesh, min_size=0)
+    wrap = {"MultiSteps": lambda tx: optax.MultiSteps(tx, 2), "ema": lambda tx: optax.chain(tx, optax.ema(0.9))}[kind]
+    tx = wrap(shardadam.adam(1e-2, plan=plan))
+    before = apply._cache_size()
+    create = functools.partial(shardadam.TrainState.create, apply_fn=None, tx=tx, plan=plan)
+    state = sharded_run(lambda params: create(params=params), mesh, steps=4)
+    assert apply._cache_size() - before == 1
+    accumulated = optax.tree.get(state.opt_state, "acc_grads" if kind == "MultiSteps" else "ema")["kernel"]
+    assert accumulated.addressable_shards[0].data.size == accumulated.size // 8
+    wanted = reference_run(wrap(optax.adam(1e-2)), steps=4).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), state.params, wanted)

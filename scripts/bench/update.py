@@ -71,13 +71,13 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.write and args.small:
         parser.error("--write: got --small as well, whose times mean nothing; leave one of them out")
+    args.rounds = args.rounds or (2 if args.small else 15)
     return args
 
 
 def run_devices(devices: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The measured cases, one per tree, of a fresh process with so many devices."""
-    rounds = args.rounds or (2 if args.small else 15)
-    options = {"trees": args.trees, "small": args.small, "rounds": rounds, **(SMALL if args.small else FULL)}
+    options = {"trees": args.trees, "small": args.small, "rounds": args.rounds, **(SMALL if args.small else FULL)}
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip(), "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
     command = [sys.executable, str(Path(__file__).with_name("measure.py")), json.dumps(options)]
@@ -167,7 +167,18 @@ def markdown(report: dict[str, Any]) -> str:
     on = report["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in on["versions"].items())
     where = f"{on['date']}, commit {on['commit']}; {on['cpu']}, {on['cores']} cores; {versions}."
-    out = ["# One optimizer step, side by side", "", where, "", HOW, "## Goals", "", *lines(goal_rows(report["goals"]))]
+    how_long = f"{report['rounds']} rounds; load average before: {on['load_average_before']:.1f}."
+    out = [
+        "# One optimizer step, side by side",
+        "",
+        where,
+        how_long,
+        "",
+        HOW,
+        "## Goals",
+        "",
+        *lines(goal_rows(report["goals"])),
+    ]
     for case in report["cases"]:
         out += ["", f"## {title(case)}", "", *lines(case_rows(case))]
     return "\n".join(out) + "\n"
@@ -176,7 +187,8 @@ def markdown(report: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_args()
     console = Console(width=None if sys.stdout.isatty() else 200)
-    report: dict[str, Any] = {"environment": environment(), "small": args.small, "cases": []}
+    report: dict[str, Any] = {"environment": environment(), "small": args.small, "rounds": args.rounds}
+    report["cases"] = []
     for devices in args.devices:
         for case in run_devices(devices, args):
             report["cases"].append(case)

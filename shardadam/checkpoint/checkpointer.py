@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
-from shardadam.checkpoint.logical import plan_of, slots
 from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.slots import check_names, plan_of, slots
 from shardadam.plan import Plan
 
 State = TypeVar("State")
@@ -88,7 +88,9 @@ class Checkpointer:
                 f"step {step}: not saved: {self.directory} holds {_short(steps)} already; steps must ascend. Restore "
                 "the latest and go on from there, or save in another directory"
             )
-        leaves = [slot.to_disk() for slot in slots(state, plan_of(state, self._plan))]
+        parts = list(slots(state, plan_of(state, self._plan)))
+        check_names(parts)
+        leaves = [slot.to_disk() for slot in parts]
         logical = ocp.args.StandardSave(jax.tree.unflatten(jax.tree.structure(state), leaves))
         self._in_flight = step
         with self._surfacing():

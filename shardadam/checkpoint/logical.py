@@ -3,20 +3,17 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LeafPlan
-from shardadam.plan import Plan, path_name
-from shardadam.sharding import map_moments, named_sharding, pack_leaf, unpack_leaf
+from shardadam.sharding import named_sharding, pack_leaf, unpack_leaf
 
 PYTHON_NUMBERS = (bool, int, float)
 
@@ -137,57 +134,6 @@ class Slot:
         return jnp.array(x)
 
 
-def slots(state: Any, plan: Plan | None) -> Iterator[Slot]:
-    """One `Slot` for each leaf of a state, in tree order.
-
-    Args:
-      state: a tree of arrays, numbers and, to restore into, ShapeDtypeStructs.
-      plan: how its mu and nu lie; None if they have their parameters' shapes.
-
-    Raises:
-      ValueError: a moment is not laid out as the plan says, or packed on a mesh that is not known.
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    plans = [None] * len(leaves) if plan is None else jax.tree.leaves(_plan_tree(state, plan))
-    for (keypath, x), leaf in zip(leaves, plans, strict=True):
-        names = ocp.tree.str_keypath(keypath)
-        if isinstance(leaf, LeafPlan):
-            if tuple(np.shape(x)) != leaf.state_shape:
-                raise ValueError(
-                    f"`{'/'.join(names)}`: got shape {np.shape(x)}, the plan says {leaf.state_shape} ({leaf.layout}); "
-                    "pass the plan that the optimizer was made with"
-                )
-            if leaf.layout == "packed":
-                yield Slot(names=names, like=x, packed=Packing(leaf, _mesh(x, leaf, plan, names)))
-                continue
-        yield Slot(names=names, like=x)
-
-
-def plan_of(state: Any, fallback: Plan | None) -> Plan | None:
-    """The plan of a state: its own (`state.plan`), else `fallback`, else its optimizer's; None if it needs none.
-
-    Raises:
-      ValueError: there is no plan, and a moment does not have its parameter's shape.
-    """
-    own = getattr(state, "plan", None)
-    if isinstance(own, Plan):
-        return own
-    if fallback is not None or not hasattr(state, "params"):
-        return fallback
-    shapes = {path_name(k): np.shape(x) for k, x in jax.tree_util.tree_flatten_with_path(state.params)[0]}
-    for path, x in _moments(state):
-        if np.shape(x) != shapes.get(path, np.shape(x)):
-            # Flax's TrainState holds its optimizer, and ours, unless within a chain, tells its plan.
-            plan = getattr(getattr(state, "tx", None), "plan_of", lambda params: None)(state.params)
-            if plan is not None:
-                return plan
-            raise ValueError(
-                f"`{path}`: its moment has shape {np.shape(x)}, the parameter {shapes[path]}: it is packed, and "
-                "there is no plan to unpack it by; pass the optimizer's own: Checkpointer(directory, plan=plan)"
-            )
-    return None
-
-
 def split_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
     """Splits a logical shape as far as it goes over all of a mesh's devices, in their order.
 
@@ -207,46 +153,6 @@ def split_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
         left //= sizes[dim]
     axes = tuple(f"dim{dim}" for dim in range(len(shape)))
     return NamedSharding(Mesh(mesh.devices.reshape(*sizes, left), (*axes, "copies")), P(*axes))
-
-
-def _plan_tree(state: Any, plan: Plan) -> Any:
-    """The state with each leaf of mu and nu replaced by its `LeafPlan`."""
-    found: list[str] = []
-
-    def leaf_plan(leaf: LeafPlan, _: Any, path: str) -> LeafPlan:
-        found.append(path)
-        return leaf
-
-    tree = map_moments(leaf_plan, state, plan)
-    if found:
-        return tree
-
-    # `nnx.state(optimizer)` keeps no ScaleByAdamState, only its keys: .../mu/<the parameter's keypath>.
-    def by_name(keypath: tuple[Any, ...], x: Any) -> Any:
-        names = ocp.tree.str_keypath(keypath)
-        ends = (path_name(keypath[i + 1 :]) for i, name in enumerate(names) if name in ("mu", "nu"))
-        return next((plan.leaves[end] for end in ends if end in plan.leaves), x)
-
-    return jax.tree_util.tree_map_with_path(by_name, state)
-
-
-def _moments(state: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of mu and nu in a tree, with their parameters' keypaths."""
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)):
-        for tree in (node.mu, node.nu) if isinstance(node, optax.ScaleByAdamState) else ():
-            yield from ((path_name(k), x) for k, x in jax.tree_util.tree_flatten_with_path(tree)[0])
-
-
-def _mesh(x: Any, leaf: LeafPlan, plan: Plan | None, names: tuple[str, ...]) -> Mesh:
-    """The mesh that a leaf is packed on: its own where it has one (a plan may be made without devices)."""
-    own = getattr(getattr(x, "sharding", None), "mesh", None)
-    for mesh in (own, getattr(plan, "mesh", None)):
-        if isinstance(mesh, Mesh) and all(axis in mesh.shape for axis in leaf.part_axes + leaf.shard_axes):
-            return mesh
-    raise ValueError(
-        f"`{'/'.join(names)}`: packed, and neither its sharding nor the plan has devices; "
-        "give the leaf a NamedSharding on a Mesh"
-    )
 
 
 @functools.cache

@@ -13,7 +13,8 @@ from orbax.checkpoint.experimental import v1
 
 import shardadam
 from shardadam.checkpoint import Checkpointer
-from shardadam.checkpoint.logical import slots, split_sharding
+from shardadam.checkpoint.logical import split_sharding
+from shardadam.checkpoint.slots import slots
 from shardadam.sharding import map_moments, pack_leaf, unpack_leaf
 
 SHAPES = {"emb": (40, 24), "odd": (17, 13), "bias": (7,)}

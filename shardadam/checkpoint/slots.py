@@ -1,0 +1,174 @@
+"""The `Slot` of every leaf of a state: which leaves are moments, by which plan they lie, and what they are called."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from shardadam.checkpoint.logical import Packing, Slot
+from shardadam.layout import LANES, LeafPlan, entries
+from shardadam.plan import Plan, path_name
+from shardadam.sharding import map_moments
+
+
+def slots(state: Any, plan: Plan | None) -> Iterator[Slot]:
+    """One `Slot` for each leaf of a state, in tree order.
+
+    Args:
+      state: a tree of arrays, numbers and, to restore into, ShapeDtypeStructs.
+      plan: how its mu and nu lie; None if they have their parameters' shapes.
+
+    Raises:
+      ValueError: a moment is not laid out as the plan says, or packed on a mesh that is not known.
+    """
+    if plan is None:
+        yield from _unplanned(state)
+        return
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    plans = jax.tree.leaves(_plan_tree(state, plan))
+    for (keypath, x), leaf in zip(leaves, plans, strict=True):
+        names = ocp.tree.str_keypath(keypath)
+        if isinstance(leaf, LeafPlan):
+            if tuple(np.shape(x)) != leaf.state_shape:
+                raise ValueError(
+                    f"`{'/'.join(names)}`: got shape {np.shape(x)}, the plan says {leaf.state_shape} ({leaf.layout}); "
+                    "pass the plan that the optimizer was made with"
+                )
+            if leaf.layout == "packed":
+                yield Slot(names=names, like=x, packed=Packing(leaf, _mesh(x, leaf, plan, names)))
+                continue
+        yield Slot(names=names, like=x)
+
+
+def _unplanned(state: Any) -> Iterator[Slot]:
+    """The slots of a state without a plan: below each part that has its own, by that; all others as they are.
+
+    Raises:
+      ValueError: a moment that looks packed, which without a plan would be saved so.
+    """
+
+    def has_plan(x: Any) -> bool:
+        return isinstance(getattr(x, "plan", None), Plan)
+
+    for keypath, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=has_plan)[0]:
+        names = ocp.tree.str_keypath(keypath)
+        if has_plan(x):
+            for slot in slots(x, x.plan):
+                yield dataclasses.replace(slot, names=(*names, *slot.names))
+            continue
+        if {"mu", "nu"} & set(names) and _looks_packed(x) and not _has_param(state, keypath, np.shape(x)):
+            raise ValueError(
+                f"`{'/'.join(names)}`: may be packed, and there is no plan to unpack it by; pass the optimizer's own: "
+                "Checkpointer(directory, plan=plan)"
+            )
+        yield Slot(names=names, like=x)
+
+
+def _looks_packed(x: Any) -> bool:
+    """Whether an array could be rows of a packed leaf; a natural one may be, too."""
+    sharding = getattr(x, "sharding", None)
+    if np.ndim(x) != 2 or np.shape(x)[1] != LANES or not isinstance(sharding, NamedSharding):
+        return False
+    first, second = entries(P(*sharding.spec), 2)
+    return bool(first) and not second
+
+
+def _has_param(state: Any, keypath: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    """Whether the state has a parameter of this shape whose name a moment's keypath ends with: so it is not packed."""
+    path = path_name(keypath)
+    params = _params(state)
+    named = jax.tree_util.tree_flatten_with_path(params)[0] if params is not None else []
+    return any(path.endswith("/" + path_name(k)) and np.shape(x) == shape for k, x in named)
+
+
+def _params(state: Any) -> Any:
+    """The parameters in a TrainState or in a dict such as {"params": ..., "opt_state": ...}; None without any."""
+    return state.get("params") if isinstance(state, Mapping) else getattr(state, "params", None)
+
+
+def plan_of(state: Any, fallback: Plan | None) -> Plan | None:
+    """The plan of a state: its own (`state.plan`), else `fallback`, else its optimizer's; None if it needs none.
+
+    Raises:
+      ValueError: there is no plan, and a moment does not have its parameter's shape.
+    """
+    own = getattr(state, "plan", None)
+    if isinstance(own, Plan):
+        return own
+    params = _params(state)
+    if fallback is not None or params is None:
+        return fallback
+    shapes = {path_name(k): np.shape(x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
+    for path, x in _moments(state):
+        if np.shape(x) != shapes.get(path, np.shape(x)):
+            # Flax's TrainState holds its optimizer, and ours, unless within a chain, tells its plan.
+            plan = getattr(getattr(state, "tx", None), "plan_of", lambda params: None)(params)
+            if plan is not None:
+                return plan
+            raise ValueError(
+                f"`{path}`: its moment has shape {np.shape(x)}, the parameter {shapes[path]}: it is packed, and "
+                "there is no plan to unpack it by; pass the optimizer's own: Checkpointer(directory, plan=plan)"
+            )
+    return None
+
+
+def check_names(parts: Sequence[Slot]) -> None:
+    """Refuses two leaves that Orbax, which joins names with dots, would write to one place.
+
+    Raises:
+      ValueError: naming both.
+    """
+    seen: dict[str, Slot] = {}
+    for slot in parts:
+        other = seen.setdefault(".".join(slot.names), slot)
+        if other is not slot:
+            raise ValueError(
+                f"`{other.path}` and `{slot.path}`: Orbax would write both to '{'.'.join(slot.names)}'; rename a "
+                "key that has '.' in it"
+            )
+
+
+def _plan_tree(state: Any, plan: Plan) -> Any:
+    """The state with each leaf of mu and nu replaced by its `LeafPlan`."""
+    found: list[str] = []
+
+    def leaf_plan(leaf: LeafPlan, _: Any, path: str) -> LeafPlan:
+        found.append(path)
+        return leaf
+
+    tree = map_moments(leaf_plan, state, plan)
+    if found:
+        return tree
+
+    # `nnx.state(optimizer)` keeps no ScaleByAdamState, only its keys: .../mu/<the parameter's keypath>.
+    def by_name(keypath: tuple[Any, ...], x: Any) -> Any:
+        names = ocp.tree.str_keypath(keypath)
+        ends = (path_name(keypath[i + 1 :]) for i, name in enumerate(names) if name in ("mu", "nu"))
+        return next((plan.leaves[end] for end in ends if end in plan.leaves), x)
+
+    return jax.tree_util.tree_map_with_path(by_name, state)
+
+
+def _moments(state: Any) -> Iterator[tuple[str, Any]]:
+    """The leaves of mu and nu in a tree, with their parameters' keypaths."""
+    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)):
+        for tree in (node.mu, node.nu) if isinstance(node, optax.ScaleByAdamState) else ():
+            yield from ((path_name(k), x) for k, x in jax.tree_util.tree_flatten_with_path(tree)[0])
+
+
+def _mesh(x: Any, leaf: LeafPlan, plan: Plan | None, names: tuple[str, ...]) -> Mesh:
+    """The mesh that a leaf is packed on: its own where it has one (a plan may be made without devices)."""
+    own = getattr(getattr(x, "sharding", None), "mesh", None)
+    for mesh in (own, getattr(plan, "mesh", None)):
+        if isinstance(mesh, Mesh) and all(axis in mesh.shape for axis in leaf.part_axes + leaf.shard_axes):
+            return mesh
+    raise ValueError(
+        f"`{'/'.join(names)}`: packed, and neither its sharding nor the plan has devices; "
+        "give the leaf a NamedSharding on a Mesh"
+    )
