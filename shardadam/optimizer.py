@@ -48,13 +48,12 @@ def scale_by_adam(
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
     hyperparams = Hyperparams(b1, b2, eps, eps_root)
     plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
-    made_on: list[Mesh | AbstractMesh | None] = []  # The ambient meshes of init: update must not come without one.
+    made_on: list[Mesh | AbstractMesh] = []  # The ambient mesh of init, if any: update must not come without one.
 
     def init_fn(params: Any) -> optax.ScaleByAdamState:
         on = _sharded(plan_of(params))
-
         if mesh is None and plan is None:
-            made_on.append(None if on is None else on.mesh)
+            made_on[:] = [] if on is None else [on.mesh]
         if on is None:
             count, zeros = jnp.zeros([], jnp.int32), _zeros
         else:
@@ -81,9 +80,9 @@ def scale_by_adam(
         present = [i for i, (_, g) in enumerate(keyed) if g is not None]
         columns = [g for _, g in keyed], treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
         grads, mu, nu = ([column[i] for i in present] for column in columns)
-        if on is None and any(made_on) and made_on[-1] is not None and made_on[-1].size > 1:
+        if on is None and made_on:
             raise ValueError(
-                f"update: the state was made under jax.set_mesh({made_on[-1]}), and there is no mesh now: the "
+                f"update: the state was made under jax.set_mesh({made_on[0]}), and there is no mesh now: the "
                 "parameters would be moved; enter the mesh here as well, or give the optimizer mesh= or plan="
             )
         if on is None:
