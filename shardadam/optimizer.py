@@ -1,7 +1,7 @@
 """`adam`, `adamw`, `nadam`, `nadamw`: the plan, the maths and the placement as optax transformations."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
 from shardadam.layout import LeafPlan
-from shardadam.moments import Hyperparams, bias_corrections, safe_increment, update_leaf
+from shardadam.moments import Hyperparams, Step, bias_corrections, safe_increment, update_leaf
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan, is_none, path_name
 from shardadam.sharding import check_context, constrain, map_leaves, named_sharding
@@ -74,37 +74,23 @@ def scale_by_adam(
         on = shards_of or _sharded(plan_of(updates if params is None else params))
         if on is not None:
             check_context(on.mesh)
-        keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
-        count = safe_increment(jnp.asarray(state.count))
-        # A None gradient takes its moments with it, as in optax.
-        present = [i for i, (_, g) in enumerate(keyed) if g is not None]
-        columns = [g for _, g in keyed], treedef.flatten_up_to(state.mu), treedef.flatten_up_to(state.nu)
-        grads, mu, nu = ([column[i] for i in present] for column in columns)
-        if on is None and made_on:
+        elif made_on:
             raise ValueError(
                 f"update: the state was made under jax.set_mesh({made_on[0]}), and there is no mesh now: the "
                 "parameters would be moved; enter the mesh here as well, or give the optimizer mesh= or plan="
             )
+        paths, grads, mu, nu, rebuild = _with_gradients(updates, state)
+        count = safe_increment(jnp.asarray(state.count))
         if on is None:
             corrections = bias_corrections(count, hyperparams)
-            steps = [
-                update_leaf(*leaf, hyperparams, corrections, nesterov=nesterov)
-                for leaf in zip(grads, mu, nu, strict=True)
-            ]
+            rows = zip(grads, mu, nu, strict=True)
+            steps = [update_leaf(*row, hyperparams, corrections, nesterov=nesterov) for row in rows]
         else:
-            paths = [path_name(keyed[i][0]) for i in present]
             leaves = tuple(on.leaf(path) for path in paths)
             sharded = tuple(shards_of is not None and (packed or leaf.layout != "packed") for leaf in leaves)
             check_shapes(paths, leaves, sharded, grads, mu, nu)
             steps = update_on_mesh(grads, mu, nu, count, hyperparams, leaves, sharded, on.mesh, nesterov)
-
-        def tree(field: int) -> Any:
-            whole: list[Any] = [None] * len(keyed)
-            for i, step in zip(present, steps, strict=True):
-                whole[i] = step[field]
-            return treedef.unflatten(whole)
-
-        return tree(0), optax.ScaleByAdamState(count=count, mu=tree(1), nu=tree(2))
+        return rebuild(0, steps), optax.ScaleByAdamState(count=count, mu=rebuild(1, steps), nu=rebuild(2, steps))
 
     return _transformation(init_fn, update_fn, plan_of)
 
@@ -231,6 +217,28 @@ def _transformation(init: Any, update: Any, plan_of: Callable[..., Plan | None])
     tx = ShardedTransformation(init, update)
     tx.plan_of = plan_of
     return tx
+
+
+def _with_gradients(
+    updates: Any, state: optax.ScaleByAdamState
+) -> tuple[list[str], list[Any], list[Any], list[Any], Callable[[int, Sequence[Step]], Any]]:
+    """(paths, grads, mu, nu) of the leaves that have a gradient, and what makes a tree of one field of their steps.
+
+    A None gradient takes its moments with it, as in optax.
+    """
+    keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
+    moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
+    rows = list(zip([path_name(k) for k, _ in keyed], [g for _, g in keyed], *moments, strict=True))
+    present = [i for i, (_, g, _, _) in enumerate(rows) if g is not None]
+
+    def rebuild(field: int, steps: Sequence[Step]) -> Any:
+        whole: list[Any] = [None] * len(rows)
+        for i, step in zip(present, steps, strict=True):
+            whole[i] = step[field]
+        return treedef.unflatten(whole)
+
+    paths, grads, mu, nu = ([rows[i][column] for i in present] for column in range(4))
+    return paths, grads, mu, nu, rebuild
 
 
 def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) -> ShardedTransformation:
