@@ -16,7 +16,7 @@ from shardadam.layout import LeafPlan
 from shardadam.moments import Hyperparams, Step, bias_corrections, safe_increment, update_leaf
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan, is_none, path_name
-from shardadam.sharding import check_context, constrain, map_leaves, named_sharding
+from shardadam.sharding import check_context, constrain, map_leaves, sharded_zeros
 from shardadam.update import check_shapes, update_on_mesh
 
 
@@ -58,7 +58,7 @@ def scale_by_adam(
             count, zeros = jnp.zeros([], jnp.int32), _zeros
         else:
             map_leaves(_check_param, params, on)
-            count, zeros = _shard_zeros((), jnp.int32, P(), on.mesh), functools.partial(_state_zeros, on)
+            count, zeros = sharded_zeros((), jnp.int32, P(), on.mesh), functools.partial(_state_zeros, on)
         return optax.ScaleByAdamState(count=count, mu=zeros(params, mu_dtype), nu=zeros(params, None))
 
     def update_fn(
@@ -271,27 +271,10 @@ def _zeros(params: Any, dtype: Any) -> Any:
 def _state_zeros(plan: Plan, params: Any, dtype: Any) -> Any:
     """Zeros in the state's layout for every parameter."""
     return map_leaves(
-        lambda leaf, x, path: _shard_zeros(leaf.state_shape, dtype or leaf.dtype, leaf.state_spec, plan.mesh),
+        lambda leaf, x, path: sharded_zeros(leaf.state_shape, dtype or leaf.dtype, leaf.state_spec, plan.mesh),
         params,
         plan,
     )
-
-
-def _shard_zeros(shape: tuple[int, ...], dtype: Any, spec: P, mesh: Mesh | AbstractMesh) -> jax.Array:
-    """Zeros made in shards: never whole on a device."""
-    if isinstance(mesh, AbstractMesh):
-        x = jnp.zeros(shape, dtype)
-        if not isinstance(x, jax.core.Tracer):
-            raise ValueError(
-                f"plan: made without devices, for {dict(mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
-            )
-        return constrain(x, mesh, spec)
-    sharding = named_sharding(mesh, spec, len(shape))
-    x = jnp.zeros(shape, dtype, device=sharding)
-    if not isinstance(x, jax.core.Tracer):
-        return x
-    # Traced, where nothing else may name the devices, a jit of its own names them.
-    return constrain(jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)(), mesh, spec)
 
 
 def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:

@@ -52,6 +52,27 @@ def constrain(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
     return x
 
 
+def sharded_zeros(shape: tuple[int, ...], dtype: Any, spec: P, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Zeros made in shards, traced or not: never whole on a device.
+
+    Raises:
+      ValueError: outside of a trace, and the mesh has no devices.
+    """
+    if isinstance(mesh, AbstractMesh):
+        x = jnp.zeros(shape, dtype)
+        if not isinstance(x, jax.core.Tracer):
+            raise ValueError(
+                f"plan: made without devices, for {dict(mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
+            )
+        return constrain(x, mesh, spec)
+    sharding = named_sharding(mesh, spec, len(shape))
+    x = jnp.zeros(shape, dtype, device=sharding)
+    if not isinstance(x, jax.core.Tracer):
+        return x
+    # Traced, where nothing else may name the devices, a jit of its own names them.
+    return constrain(jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)(), mesh, spec)
+
+
 def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:
     """Brings a parameter-shaped array to the layout and the sharding of the state. Inverse of `unpack_leaf`.
 
@@ -94,9 +115,8 @@ def unpack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.
     assert jnp.shape(x) == leaf.state_shape, (jnp.shape(x), leaf)
     x = constrain(x, mesh, leaf.state_spec)
     if leaf.layout == "packed":
-        parts = canonical_spec(
-            (leaf.part_axes,)
-        )  # Gathered over the shard axes: the parameter's parts, one below the other.
+        # Gathered over the shard axes: the parameter's parts, one below the other.
+        parts = canonical_spec((leaf.part_axes,))
         dims = zip(leaf.shape, entries(leaf.param_spec, len(leaf.shape)), strict=True)
         shape = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in dims)
         x = constrain(x, mesh, parts)
@@ -136,18 +156,17 @@ def map_leaves(f: Callable[[LeafPlan, Any, str], Any], tree: Any, plan: Plan) ->
     return jax.tree_util.tree_map_with_path(lambda k, x: f(plan.leaf(path_name(k)), x, path_name(k)), tree)
 
 
-def state_shardings(state: Any, plan: Plan, mesh: Mesh | AbstractMesh | None = None) -> Any:
+def state_shardings(state: Any, plan: Plan) -> Any:
     """The shardings of a state's leaves: mu and nu by the plan, others by their own, replicated where they have none.
 
     Args:
       state: a tree of arrays or ShapeDtypeStructs.
       plan: where the moments live.
-      mesh: default: the plan's.
 
     Returns:
       A tree of NamedShardings of the same structure.
     """
-    mesh = plan.mesh if mesh is None else mesh
+    mesh = plan.mesh
 
     def own(x: Any) -> NamedSharding:
         sharding = getattr(x, "sharding", None)

@@ -82,7 +82,6 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
     def on_shards(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any) -> list[tuple[jax.Array, ...]]:
         given = zip(options.hyperparams, arrays, strict=True)
         hyperparams = Hyperparams(*(array if scalar is None else scalar for scalar, array in given))
-
         corrections = bias_corrections(count, hyperparams)
 
         def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
@@ -91,8 +90,10 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
 
         return each(one, leaves, grads, mu, nu)
 
-    grads = each(lambda g, leaf, in_shards: g if in_shards else pack_leaf(g, leaf, mesh), grads, leaves, sharded)
-    grads = each(_as_value, place(grads), leaves)
+    def own_shard(g: jax.Array, leaf: LeafPlan, in_shards: bool) -> jax.Array:
+        return _as_value(constrain(g, mesh, leaf.state_spec) if in_shards else pack_leaf(g, leaf, mesh), leaf)
+
+    grads = each(own_shard, grads, leaves, sharded)
     scalars = jax.tree.map(lambda x: constrain(x, mesh, P()), (count, arrays))
     specs = [leaf.state_spec for leaf in leaves]
     # Manual axes: XLA sees the very program of one device, and so rounds and fuses as it does there.
@@ -104,8 +105,9 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
     )(grads, place(mu), place(nu), *scalars)
 
     def pin(step: tuple[jax.Array, ...], leaf: LeafPlan, in_shards: bool) -> Step:
-        u, mu, nu = (constrain(x, mesh, leaf.state_spec) for x in step)
-        return Step(u if in_shards else unpack_leaf(u, leaf, mesh), mu, nu)
+        u, *moments = step
+        u = constrain(u, mesh, leaf.state_spec) if in_shards else unpack_leaf(u, leaf, mesh)
+        return Step(u, *(constrain(x, mesh, leaf.state_spec) for x in moments))
 
     return each(pin, steps, leaves, sharded)
 

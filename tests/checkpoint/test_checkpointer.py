@@ -91,7 +91,7 @@ def test_leaving_the_with_waits(tmp_path, writing):
 
 
 def test_leaving_the_with_by_an_error_waits_and_keeps_the_error(tmp_path, writing):
-    with pytest.raises(KeyError, match="mine"), Checkpointer(tmp_path) as checkpointer:  # noqa: PT012
+    with pytest.raises(KeyError, match="mine"), Checkpointer(tmp_path) as checkpointer:  # noqa: PT012 - the body is the test
         checkpointer.save(1, state_of(1), extra={})
         threading.Timer(0.2, writing.set).start()
         raise KeyError("mine")
@@ -99,7 +99,7 @@ def test_leaving_the_with_by_an_error_waits_and_keeps_the_error(tmp_path, writin
 
 
 def test_an_error_in_the_body_is_not_masked_by_one_in_the_save(tmp_path, disk_full):
-    with pytest.raises(KeyError, match="mine") as caught, Checkpointer(tmp_path) as checkpointer:  # noqa: PT012
+    with pytest.raises(KeyError, match="mine") as caught, Checkpointer(tmp_path) as checkpointer:  # noqa: PT012 - the body is the test
         checkpointer.save(1, state_of(1), extra={})
         raise KeyError("mine")
     assert "No space left" in caught.value.__notes__[0]

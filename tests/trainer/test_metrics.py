@@ -48,7 +48,6 @@ def test_on_a_terminal_a_bar_shows_loss_speed_and_eta(tmp_path):
 
 
 def test_tensorboard(tmp_path):
-    pytest.importorskip("tensorboardX")
     with metrics(tmp_path, tensorboard=True) as out:
         out.write(1, {"loss": 2.5})
     (file,) = (tmp_path / "tensorboard").iterdir()
