@@ -21,37 +21,42 @@ def num_rows(size: int, num_shards: int) -> int:
     return -(-size // (LANES * num_shards)) * num_shards
 
 
-def pack(x: jax.Array, num_shards: int) -> jax.Array:
+def pack(x: jax.Array, num_shards: int, stacked_dims: int = 0) -> jax.Array:
     """Flattens `x` row-major, pads it with zeros and folds it to (rows, 1024). Inverse of `unpack`.
 
     Args:
       x: an array of any shape and dtype, sizes 0 and 1 included.
       num_shards: what the number of rows must be divisible by.
+      stacked_dims: how many leading dims stay as they are: each layer of a stack is packed for itself.
 
     Returns:
-      An array of shape (num_rows(x.size, num_shards), 1024): each of `num_shards` equal blocks of rows is at most
-      one row larger than x.size / num_shards elements.
+      An array of shape (num_rows(x.size, num_shards), 1024), after the stacked dims: each of `num_shards` equal blocks
+      of rows is at most one row larger than x.size / num_shards elements.
 
     Example:
       >>> pack(jnp.arange(5.0), num_shards=8).shape
       (8, 1024)
     """
-    rows = num_rows(x.size, num_shards)
-    return jnp.pad(x.reshape(-1), (0, rows * LANES - x.size)).reshape(rows, LANES)
+    stack, size = x.shape[:stacked_dims], math.prod(x.shape[stacked_dims:])
+    rows = num_rows(size, num_shards)
+    flat = jnp.pad(x.reshape(*stack, size), [(0, 0)] * len(stack) + [(0, rows * LANES - size)])
+    return flat.reshape(*stack, rows, LANES)
 
 
-def unpack(packed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def unpack(packed: jax.Array, shape: tuple[int, ...], stacked_dims: int = 0) -> jax.Array:
     """Drops the padding and restores `shape`. Inverse of `pack`.
 
     Args:
-      packed: (rows, 1024), as `pack` gives it.
-      shape: the shape that was packed.
+      packed: (rows, 1024) after the stacked dims, as `pack` gives it.
+      shape: the shape that was packed, stacked dims included.
+      stacked_dims: as `pack` was told.
 
     Example:
       >>> unpack(pack(jnp.arange(5.0), num_shards=8), (5,))
       Array([0., 1., 2., 3., 4.], dtype=float32)
     """
-    return packed.reshape(-1)[: math.prod(shape)].reshape(shape)
+    flat = packed.reshape(*shape[:stacked_dims], math.prod(packed.shape[stacked_dims:]))
+    return flat[..., : math.prod(shape[stacked_dims:])].reshape(shape)
 
 
 def entries(spec: P, ndim: int) -> Entries:
@@ -80,10 +85,14 @@ class LeafPlan:
       layout: "natural" (the parameter's shape), "packed" (rows x 1024) or "whole" (as the parameter, split no further).
       padding: elements of `state_shape` that hold no parameter, over all devices.
       reason: why this layout, for people.
-      part_axes: mesh axes that shard the parameter; a packed leaf is packed from each device's own part.
+      part_axes: mesh axes that shard the parameter's dims, other than stacked ones; a packed leaf is packed from each
+        device's own part.
       shard_axes: mesh axes that the state is split over in addition.
       num_parts: product of the sizes of `part_axes`.
       num_shards: product of the sizes of `shard_axes`.
+      stacked_dims: how many leading dims stack layers. They are never split over `shard_axes` and never packed away, so
+        that a layer of the state can be taken out of it on every device, as a `lax.scan` over layers does.
+      stack_parts: into how many parts the parameter's own spec splits the stacked dims.
     """
 
     shape: tuple[int, ...]
@@ -97,6 +106,8 @@ class LeafPlan:
     shard_axes: tuple[str, ...] = ()
     num_parts: int = 1
     num_shards: int = 1
+    stacked_dims: int = 0
+    stack_parts: int = 1
 
     @property
     def size(self) -> int:
@@ -104,16 +115,26 @@ class LeafPlan:
         return math.prod(self.shape)
 
     @property
+    def stack(self) -> tuple[int, ...]:
+        """The stacked dims' sizes."""
+        return self.shape[: self.stacked_dims]
+
+    @property
+    def layer_size(self) -> int:
+        """Elements of one layer; of all of the parameter, where none are stacked."""
+        return math.prod(self.shape[self.stacked_dims :])
+
+    @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of mu and of nu as held in memory (on disk it is always `shape`)."""
         if self.layout != "packed":
             return self.shape
-        return (self.num_parts * num_rows(self.size // self.num_parts, self.num_shards), LANES)
+        return (*self.stack, self.num_parts * num_rows(self.layer_size // self.num_parts, self.num_shards), LANES)
 
     @property
     def elements_per_device(self) -> int:
         """Elements of mu on each device: the same on all of them, padding included."""
-        return math.prod(self.state_shape) // (self.num_parts * self.num_shards)
+        return math.prod(self.state_shape) // (self.stack_parts * self.num_parts * self.num_shards)
 
 
 def plan_leaf(
@@ -126,6 +147,7 @@ def plan_leaf(
     layout: Literal["auto", "natural", "packed"],
     min_size: int,
     explicit: frozenset[str] = frozenset(),
+    stacked_dims: int = 0,
 ) -> LeafPlan:
     """Chooses the layout of one leaf; the arguments are `make_plan`'s, already checked.
 
@@ -133,11 +155,13 @@ def plan_leaf(
     first, or loses one, whatever the spec says.
     """
     parts = entries(param_spec, len(shape))
-    used = tuple(axis for e in parts for axis in e)
-    axes = tuple(axis for axis in axis_names if axis not in used)
+    stack, layer = parts[:stacked_dims], parts[stacked_dims:]
+    stack_axes, used = (tuple(axis for e in dims for axis in e) for dims in (stack, layer))
+    axes = tuple(axis for axis in axis_names if axis not in used + stack_axes)
     num_parts = math.prod(axis_sizes[axis] for axis in used)
     num_shards = math.prod(axis_sizes[axis] for axis in axes)
-    size = math.prod(shape)
+    size = math.prod(shape[stacked_dims:])
+    part_size = size // num_parts
 
     def leaf(kind: Layout, reason: str, state: Entries = parts, shards: int = num_shards) -> LeafPlan:
         split = kind == "packed" or state != parts
@@ -153,17 +177,21 @@ def plan_leaf(
             shard_axes=axes if split else (),
             num_parts=num_parts,
             num_shards=shards if split else 1,
+            stacked_dims=stacked_dims,
+            stack_parts=math.prod(axis_sizes[axis] for axis in stack_axes),
         )
-        return dataclasses.replace(plan, padding=math.prod(plan.state_shape) - size)
+        return dataclasses.replace(plan, padding=math.prod(plan.state_shape) - plan.size)
 
     if num_shards == 1:
         over = " and ".join(repr(axis) for axis in axis_names)
         follows = len(axes) < len(axis_names)
         return leaf("natural", f"the parameter is already sharded over {over}" if follows else "one shard")
-    if size < max(min_size, 1) or not shape:
-        return leaf("whole", "scalar" if not shape else f"{size:,} elements, under min_size={min_size:,}")
+    if math.prod(shape) == 0 or size < max(min_size, 1) or not layer:
+        scalar = "scalar" if not stacked_dims else "a scalar per layer"
+        per_layer = " per layer" if stacked_dims else ""
+        return leaf("whole", scalar if not layer else f"{size:,} elements{per_layer}, under min_size={min_size:,}")
     if layout != "packed":
-        for dim in sorted(range(len(shape)), key=lambda dim: (len(parts[dim]), dim)):
+        for dim in sorted(range(stacked_dims, len(shape)), key=lambda dim: (len(parts[dim]), dim)):
             divides = shape[dim] % (num_shards * math.prod(axis_sizes[axis] for axis in parts[dim])) == 0
             if divides and len({axis in explicit for axis in parts[dim] + axes}) == 1:
                 # Minor-most on a dim that the parameter shards already: the other order costs cross-axis permutes.
@@ -171,9 +199,9 @@ def plan_leaf(
                 return leaf("natural", f"dim {dim} divides by {num_shards}", state)
         if layout == "natural":
             return leaf("whole", f"layout='natural', and no dim divides by {num_shards}")
-        if num_rows(size // num_parts, num_shards) * LANES // num_shards >= size // num_parts:
+        if num_rows(part_size, num_shards) * LANES // num_shards >= part_size:
             return leaf("whole", f"no dim divides by {num_shards}, and whole it is under one padded row")
     if len({axis in explicit for axis in used + axes}) > 1:
         return leaf("whole", f"{' and '.join(used + axes)} are Auto and Explicit axes, which cannot share its one dim")
     why = "layout='packed'" if layout == "packed" else f"no dim divides by {num_shards}"
-    return leaf("packed", why, (used + axes,))
+    return leaf("packed", why, (*stack, used + axes))

@@ -128,6 +128,7 @@ def make_plan(
     param_specs: Any = None,
     layout: Literal["auto", "natural", "packed"] = "auto",
     min_size: int = DEFAULT_MIN_SIZE,
+    stacked_dims: Any = 0,
 ) -> Plan:
     """Plans where Adam's mu and nu live, from shapes alone: nothing is allocated.
 
@@ -139,7 +140,11 @@ def make_plan(
         Default: what each leaf's own NamedSharding says, replicated where it has none.
       layout: "auto" takes natural where a dim divides evenly, else packed; "natural" leaves such leaves whole, listed;
         "packed" packs every leaf.
-      min_size: leaves with fewer elements stay whole: replicated over `axis_name`, and listed by `Plan.report`.
+      min_size: leaves with fewer elements (per layer) stay whole: replicated over `axis_name`, and listed by
+        `Plan.report`.
+      stacked_dims: how many leading dims of a leaf stack layers, as the parameters of a `lax.scan` over layers have
+        them: an int, or a tree of ints like `params` (a prefix of it is enough). They are never split, so that a train
+        step can reduce each layer's gradient inside the backward scan.
 
     Returns:
       A `Plan`: frozen, hashable, the same on every process.
@@ -166,15 +171,18 @@ def make_plan(
     if param_specs is None:
         specs = [spec_of(x) for _, x in leaves]
     else:
-        specs = [P() if s is None else s for s in _broadcast(param_specs, params, treedef)]
+        specs = _broadcast("param_specs", "PartitionSpec, or None for replicated,", param_specs, params, treedef)
+        specs = [P() if s is None else s for s in specs]
+    stacks = _broadcast("stacked_dims", "int", stacked_dims, params, treedef)
     sizes = dict(mesh.shape)
     explicit = frozenset(
         name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit
     )
     items = []
-    for (keypath, x), spec in zip(leaves, specs, strict=True):
+    for (keypath, x), spec, stack in zip(leaves, specs, stacks, strict=True):
         path, shape, dtype = path_name(keypath), tuple(np.shape(x)), _dtype(x)
         _check_spec(path, shape, spec, sizes)
+        _check_stack(path, shape, stack)
         plan = plan_leaf(
             shape,
             dtype,
@@ -184,6 +192,7 @@ def make_plan(
             layout=layout,
             min_size=min_size,
             explicit=explicit,
+            stacked_dims=stack,
         )
         items.append((path, plan))
     _check_names([path for path, _ in items])
@@ -209,19 +218,18 @@ def _short(spec: P) -> str:
     return "(" + ", ".join("+".join(e) or "-" for e in entries(spec, len(spec))) + ")"
 
 
-def _broadcast(specs: Any, params: Any, treedef: Any) -> list[P]:
-    """A prefix tree of specs, one per leaf of `params`."""
+def _broadcast(name: str, what: str, prefix: Any, params: Any, treedef: Any) -> list[Any]:
+    """The values of a prefix tree (specs, or numbers), one per leaf of `params`."""
 
-    def is_spec(x: Any) -> bool:
+    def is_value(x: Any) -> bool:
         return x is None or isinstance(x, P)
 
     try:
-        full = jax.tree.map(lambda s, sub: jax.tree.map(lambda _: s, sub), specs, params, is_leaf=is_spec)
+        full = jax.tree.map(lambda s, sub: jax.tree.map(lambda _: s, sub), prefix, params, is_leaf=is_value)
         return treedef.flatten_up_to(full)
     except ValueError as error:
         raise ValueError(
-            f"param_specs: got a tree that does not match params ({error}); wanted one PartitionSpec, or None for "
-            "replicated, per leaf or per subtree"
+            f"{name}: got a tree that does not match params ({error}); wanted one {what} per leaf or per subtree"
         ) from error
 
 
@@ -251,6 +259,14 @@ def _check_names(paths: list[str]) -> None:
     if len(set(paths)) < len(paths):
         twice = next(path for path in paths if paths.count(path) > 1)
         raise ValueError(f"`{twice}`: two leaves have this name; rename a key of the tree that has '/' in it")
+
+
+def _check_stack(path: str, shape: tuple[int, ...], stacked_dims: Any) -> None:
+    if not isinstance(stacked_dims, int) or not 0 <= stacked_dims <= len(shape):
+        raise ValueError(
+            f"`{path}`: got stacked_dims={stacked_dims!r}, wanted a number of leading dims, 0 to {len(shape)} (shape "
+            f"{shape})"
+        )
 
 
 def _check_spec(path: str, shape: tuple[int, ...], spec: P, sizes: Mapping[str, int]) -> None:

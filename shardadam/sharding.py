@@ -11,7 +11,7 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import LANES, Entries, LeafPlan, canonical_spec, entries, pack, unpack
+from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, num_rows, pack, unpack
 from shardadam.plan import Plan, path_name
 
 
@@ -88,11 +88,12 @@ def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Ar
     # The parameter's own spec first: asked for the state's at once, sharding propagation would reach into the loss.
     x = constrain(x, mesh, leaf.param_spec)
     if leaf.layout == "packed":
-        rows = leaf.elements_per_device // LANES
+        rows = num_rows(leaf.layer_size // leaf.num_parts, leaf.num_shards) // leaf.num_shards
 
         def own_rows(part: jax.Array) -> jax.Array:
             first = jax.lax.axis_index(leaf.shard_axes) * rows
-            return jax.lax.dynamic_slice_in_dim(pack(part, leaf.num_shards), first, rows)
+            whole = pack(part, leaf.num_shards, leaf.stacked_dims)
+            return jax.lax.dynamic_slice_in_dim(whole, first, rows, axis=leaf.stacked_dims)
 
         # Manual axes: on Auto ones the state's sharding would propagate through the reshape, and cost permutes.
         x = jax.shard_map(own_rows, mesh=mesh, in_specs=leaf.param_spec, out_specs=leaf.state_spec)(x)
@@ -116,11 +117,16 @@ def unpack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.
     x = constrain(x, mesh, leaf.state_spec)
     if leaf.layout == "packed":
         # Gathered over the shard axes: the parameter's parts, one below the other.
-        parts = canonical_spec((leaf.part_axes,))
-        dims = zip(leaf.shape, entries(leaf.param_spec, len(leaf.shape)), strict=True)
+        own = entries(leaf.param_spec, len(leaf.shape))
+        parts = canonical_spec((*own[: leaf.stacked_dims], leaf.part_axes))
+        dims = zip(leaf.shape, own, strict=True)
         shape = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in dims)
+
+        def own_part(rows: jax.Array) -> jax.Array:
+            return unpack(rows, shape, leaf.stacked_dims)
+
         x = constrain(x, mesh, parts)
-        x = jax.shard_map(lambda part: unpack(part, shape), mesh=mesh, in_specs=parts, out_specs=leaf.param_spec)(x)
+        x = jax.shard_map(own_part, mesh=mesh, in_specs=parts, out_specs=leaf.param_spec)(x)
     return constrain(x, mesh, leaf.param_spec)
 
 

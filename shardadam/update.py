@@ -129,9 +129,10 @@ def _defined_on_padding(hyperparams: Hyperparams, leaf: LeafPlan, nu: jax.Array)
     """
     if not leaf.padding:
         return hyperparams
-    row = jax.lax.axis_index(leaf.shard_axes) * nu.shape[0] + jax.lax.broadcasted_iota(jnp.int32, nu.shape, 0)
-    lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, 1)
-    full, rest = divmod(leaf.size // leaf.num_parts, LANES)
+    dim = leaf.stacked_dims
+    row = jax.lax.axis_index(leaf.shard_axes) * nu.shape[dim] + jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim)
+    lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim + 1)
+    full, rest = divmod(leaf.layer_size // leaf.num_parts, LANES)
     real = (row < full) | ((row == full) & (lane < rest))
     # Weak where it is Python's, so that it takes no part in type promotion, as in optax.
     return hyperparams._replace(eps=jnp.where(real, hyperparams.eps, 1.0))

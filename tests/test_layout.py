@@ -16,6 +16,18 @@ shapes = st.lists(st.integers(0, 70), min_size=0, max_size=4).map(tuple).filter(
 shard_counts = st.sampled_from([1, 2, 3, 5, 7, 8, 12, 24, 48, 192, 1000])
 
 
+@given(shape=shapes, num_shards=st.integers(1, 8), data=st.data())
+def test_each_layer_of_a_stack_is_packed_for_itself(shape, num_shards, data):
+    stacked = data.draw(st.integers(0, len(shape)))
+    x = np.arange(1, 1 + math.prod(shape), dtype=np.float32).reshape(shape)
+    packed = pack(jnp.asarray(x), num_shards, stacked)
+    assert packed.shape[:stacked] == shape[:stacked]
+    np.testing.assert_array_equal(unpack(packed, shape, stacked), x)
+    if x.size:
+        first = (0,) * stacked
+        np.testing.assert_array_equal(packed[first], pack(x[first], num_shards))
+
+
 @given(shape=shapes, num_shards=shard_counts)
 def test_unpack_is_the_inverse_of_pack(shape, num_shards):
     x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
@@ -39,10 +51,16 @@ def test_a_spec_and_its_entries_are_inverses(names):
         assert entries(canonical_spec(parts), len(parts)) == parts
 
 
-def leaf(shape, spec=P(), *, layout="auto", min_size=0, axis_names=("data",), dtype="float32", **sizes):
-    sizes = sizes or {"data": 8}
+def leaf(shape, spec=P(), *, layout="auto", min_size=0, axis_names=("data",), stacked_dims=0, **sizes):
     return plan_leaf(
-        shape, np.dtype(dtype), spec, axis_sizes=sizes, axis_names=axis_names, layout=layout, min_size=min_size
+        shape,
+        np.dtype("float32"),
+        spec,
+        axis_sizes=sizes or {"data": 8},
+        axis_names=axis_names,
+        layout=layout,
+        min_size=min_size,
+        stacked_dims=stacked_dims,
     )
 
 
@@ -86,6 +104,24 @@ def test_layouts_by_name():
     assert leaf((17, 257), layout="natural").layout == "whole"
     assert "no dim divides by 8" in leaf((17, 257), layout="natural").reason
     assert leaf((64, 48), min_size=64 * 48 + 1).reason == "3,072 elements, under min_size=3,073"
+
+
+@pytest.mark.parametrize(
+    ("shape", "spec", "sizes", "layout", "state_spec", "state_shape"),
+    [
+        ((16, 64, 3), P(), {"data": 8}, "natural", P(None, "data"), (16, 64, 3)),
+        ((16, 17, 257), P(), {"data": 8}, "packed", P(None, "data"), (16, 8, 1024)),
+        ((16, 7), P(), {"data": 8}, "whole", P(), (16, 7)),
+        ((16,), P(), {"data": 8}, "whole", P(), (16,)),
+        ((4, 34, 257), P("stage"), {"data": 4, "stage": 2}, "packed", P("stage", "data"), (4, 12, 1024)),
+        ((4, 34, 257), P(None, "model"), {"data": 4, "model": 2}, "packed", P(None, ("model", "data")), (4, 16, 1024)),
+    ],
+)
+def test_stacked_dims_are_never_split_over_shards(shape, spec, sizes, layout, state_spec, state_shape):
+    plan = leaf(shape, spec, stacked_dims=1, **sizes)
+    assert (plan.layout, plan.state_spec, plan.state_shape) == (layout, state_spec, state_shape)
+    devices = math.prod(sizes.values()) if layout != "whole" else 1
+    assert plan.elements_per_device == math.prod(state_shape) // devices
 
 
 def test_pack_is_traced_without_the_host():

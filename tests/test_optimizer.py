@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from trees import SHAPES, adam_state, assert_same_bits, logical, make_step, put, random_tree
 
 import shardadam
+from shardadam.layout import entries
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -84,6 +85,18 @@ def test_bit_identical_on_every_mesh(name, axis_type, layout):
     sizes, specs = MESHES[name]
     mesh = make_mesh(sizes, axis_type)
     plan = shardadam.make_plan(put(random_tree(0), mesh, specs), mesh, layout=layout, min_size=0)
+    assert_equals_optax(mesh, specs, optax.adamw(1e-2), shardadam.adamw(1e-2, plan=plan), plan, steps=10)
+
+
+@pytest.mark.parametrize("layout", ["natural", "packed"])
+@pytest.mark.parametrize("name", ["data", "tensor"])
+def test_bit_identical_where_layers_are_stacked(name, layout):
+    sizes, specs = MESHES[name]
+    mesh = make_mesh(sizes)
+    stacked = dict.fromkeys(SHAPES, 0) | {"layers": 1, "kernel": 1}
+    params = put(random_tree(0), mesh, specs)
+    plan = shardadam.make_plan(params, mesh, layout=layout, min_size=0, stacked_dims=stacked)
+    assert not any(entries(plan.leaves[path].state_spec, 2)[0] for path in ("kernel", "layers/w") if not specs)
     assert_equals_optax(mesh, specs, optax.adamw(1e-2), shardadam.adamw(1e-2, plan=plan), plan, steps=10)
 
 

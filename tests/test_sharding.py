@@ -1,5 +1,7 @@
 """Bringing leaves to the state's layout and back, and the audit that names what is not where it belongs."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,15 +26,17 @@ MESH_SPECS = [
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(("sizes", "spec"), MESH_SPECS)
-@pytest.mark.parametrize("layout", ["natural", "packed"])
-def test_unpack_leaf_is_the_inverse_of_pack_leaf(sizes, spec, layout, axis_type):
+@pytest.mark.parametrize(("layout", "stacked"), [("natural", 0), ("packed", 0), ("natural", 1), ("packed", 1)])
+def test_unpack_leaf_is_the_inverse_of_pack_leaf(sizes, spec, layout, stacked, axis_type):
     mesh = make_mesh(sizes, axis_type)
-    x = np.arange(36 * 68, dtype=np.float32).reshape(36, 68)
-    placed = jax.device_put(x, named_sharding(mesh, spec, 2))
-    leaf = shardadam.make_plan({"x": placed}, mesh, layout=layout, min_size=0).leaves["x"]
+    stack = (3,) * stacked
+    x = np.arange(math.prod((*stack, 36, 68)), dtype=np.float32).reshape(*stack, 36, 68) % 1009
+    placed = jax.device_put(x, named_sharding(mesh, P(*[None] * (stacked if spec else 0), *spec), x.ndim))
+    plan = shardadam.make_plan({"x": placed}, mesh, layout=layout, min_size=0, stacked_dims=stacked)
+    leaf = plan.leaves["x"]
     packed = jax.jit(lambda x: pack_leaf(x, leaf, mesh))(placed)
     assert packed.shape == leaf.state_shape
-    assert packed.sharding.is_equivalent_to(NamedSharding(mesh, leaf.state_spec), 2)
+    assert packed.sharding.is_equivalent_to(NamedSharding(mesh, leaf.state_spec), packed.ndim)
     assert {s.data.size for s in packed.addressable_shards} == {leaf.elements_per_device}
     assert float(np.asarray(packed).sum()) == float(x.sum())
     back = jax.jit(lambda x: unpack_leaf(x, leaf, mesh))(packed)

@@ -79,11 +79,16 @@ def logical(moments, plan):
             d // int(np.prod([plan.mesh.shape[a] for a in axes]))
             for d, axes in zip(leaf.shape, dims(leaf), strict=True)
         ]
-        parts = x.reshape(leaf.num_parts, -1)[:, : int(np.prod(local))]
-        grid = [int(np.prod([plan.mesh.shape[a] for a in axes])) for axes in dims(leaf)]
-        blocks = parts.reshape(*grid, *local)
-        order = [i for d in range(len(local)) for i in (d, d + len(local))]
-        return blocks.transpose(order).reshape(leaf.shape)
+        grid = [int(np.prod([plan.mesh.shape[a] for a in axes])) for axes in dims(leaf)][leaf.stacked_dims :]
+        local = local[leaf.stacked_dims :]
+
+        def layer(x):
+            parts = x.reshape(leaf.num_parts, -1)[:, : int(np.prod(local))]
+            blocks = parts.reshape(*grid, *local)
+            order = [i for d in range(len(local)) for i in (d, d + len(local))]
+            return blocks.transpose(order).reshape(leaf.shape[leaf.stacked_dims :])
+
+        return np.stack([layer(x) for x in x.reshape(-1, *x.shape[-2:])]).reshape(leaf.shape)
 
     return map_leaves(one, moments, plan)
 

@@ -78,7 +78,7 @@ def _fault(saved: Any, slot: Slot) -> str | None:
         shape, dtype = data.shape, data.dtype
     if tuple(saved.shape) != shape:
         hint = ""
-        if slot.packed is None and len(shape) == 2 and shape[1] == LANES:
+        if slot.packed is None and len(shape) >= 2 and shape[-1] == LANES:
             hint = "; if the leaf wanted is packed, pass its plan: Checkpointer(directory, plan=plan)"
         return f"`{slot.path}`: got shape {tuple(saved.shape)}, wanted {shape}{hint}"
     if saved.dtype != dtype and not (is_scalar(saved, slot) and _kind(saved.dtype) == _kind(dtype)):

@@ -73,10 +73,10 @@ def _unplanned(state: Any) -> Iterator[Slot]:
 def _looks_packed(x: Any) -> bool:
     """Whether an array could be rows of a packed leaf; a natural one may be, too."""
     sharding = getattr(x, "sharding", None)
-    if np.ndim(x) != 2 or np.shape(x)[1] != LANES or not isinstance(sharding, NamedSharding):
+    if np.ndim(x) < 2 or np.shape(x)[-1] != LANES or not isinstance(sharding, NamedSharding):
         return False
-    first, second = entries(P(*sharding.spec), 2)
-    return bool(first) and not second
+    rows, lanes = entries(P(*sharding.spec), np.ndim(x))[-2:]
+    return bool(rows) and not lanes
 
 
 def _has_param(state: Any, keypath: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
