@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shardadam.checkpoint import Checkpointer
+    from shardadam.gradients import gather, value_and_grad
     from shardadam.layout import LeafPlan, pack, unpack
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
     from shardadam.plan import Plan, make_plan
@@ -26,12 +27,14 @@ _HOME = {
     "adam": "optimizer",
     "adamw": "optimizer",
     "audit": "sharding",
+    "gather": "gradients",
     "make_plan": "plan",
     "nadam": "optimizer",
     "nadamw": "optimizer",
     "pack": "layout",
     "scale_by_adam": "optimizer",
     "unpack": "layout",
+    "value_and_grad": "gradients",
 }
 
 __all__ = [
@@ -43,12 +46,14 @@ __all__ = [
     "adam",
     "adamw",
     "audit",
+    "gather",
     "make_plan",
     "nadam",
     "nadamw",
     "pack",
     "scale_by_adam",
     "unpack",
+    "value_and_grad",
 ]
 
 

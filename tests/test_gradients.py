@@ -1,0 +1,141 @@
+"""Gradients end as shards: equal to jax.value_and_grad of one device, with one reduce-scatter per leaf and no more."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from trees import logical
+
+import shardadam
+from shardadam.sharding import named_sharding
+
+AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
+SHAPES = {"embed": (64, 16), "odd": (17, 67), "bias": (16,), "layers": {"w": (3, 16, 48), "v": (3, 48, 16)}}
+STACKED = {"embed": 0, "odd": 0, "bias": 0, "layers": 1}
+TENSOR = {"embed": P(), "odd": P(), "bias": P(), "layers": {"w": P(None, None, "model"), "v": P(None, "model")}}
+MESHES = {
+    "data": ({"data": 8}, None, "data"),
+    "seven": ({"data": 7}, None, "data"),
+    "two axes": ({"slice": 2, "data": 4}, None, ("slice", "data")),
+    "tensor": ({"data": 4, "model": 2}, TENSOR, "data"),
+}
+
+
+def host_tree(seed=0):
+    rng = np.random.default_rng(seed)
+    is_shape = lambda x: isinstance(x, tuple)  # noqa: E731
+    return jax.tree.map(lambda s: rng.standard_normal(s).astype(np.float32) / 4, SHAPES, is_leaf=is_shape)
+
+
+def forward(params, x):
+    h = x @ params["embed"]
+    h = h + jnp.sum(params["odd"] ** 2) / 100 + params["bias"]
+
+    def body(h, layer):
+        layer = shardadam.gather(layer)
+        return h + jnp.tanh(h @ layer["w"]) @ layer["v"], None
+
+    return jax.lax.scan(jax.checkpoint(body), h, params["layers"])[0]
+
+
+def mean_loss(params, batch):
+    return jnp.mean(forward(params, batch) ** 2)
+
+
+def weighted_loss(params, batch):
+    rows = jnp.sum(forward(params, batch) ** 2, axis=1)
+    mask = (batch[:, 0] > 0).astype(rows.dtype)
+    return jnp.sum(rows * mask), jnp.sum(mask)
+
+
+def batch_of(mesh, rows=56):
+    x = np.random.default_rng(9).standard_normal((rows, 64)).astype(np.float32)
+    return x if mesh is None else jax.device_put(x, named_sharding(mesh, P(), 2))
+
+
+def planned(name, layout="auto", axis_type=AUTO):
+    sizes, specs, axis_name = MESHES[name]
+    mesh = make_mesh(sizes, axis_type)
+    params = host_tree()
+    plan = shardadam.make_plan(
+        params, mesh, axis_name=axis_name, param_specs=specs, layout=layout, min_size=32, stacked_dims=STACKED
+    )
+    place = lambda leaf, x, path: jax.device_put(x, named_sharding(mesh, leaf.param_spec, x.ndim))  # noqa: E731
+    return plan, shardadam.sharding.map_leaves(place, params, plan)
+
+
+def assert_close(grads, wanted, plan):
+    got = logical(grads, plan)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, wanted)
+
+
+@pytest.mark.parametrize("layout", ["natural", "packed"])
+@pytest.mark.parametrize("name", MESHES)
+def test_equal_to_one_device_and_in_the_layout_of_the_state(name, layout):
+    plan, params = planned(name, layout)
+    loss, wanted = jax.value_and_grad(mean_loss)(host_tree(), batch_of(None))
+    got, grads = jax.jit(shardadam.value_and_grad(mean_loss, plan))(params, batch_of(plan.mesh))
+    np.testing.assert_allclose(got, loss, rtol=1e-5)
+    assert_close(grads, wanted, plan)
+
+    def placed(leaf, g, path):
+        assert g.shape == leaf.state_shape
+        assert g.sharding.is_equivalent_to(NamedSharding(plan.mesh, leaf.state_spec), g.ndim), path
+
+    shardadam.sharding.map_leaves(placed, grads, plan)
+
+
+def test_weights_of_uneven_parts_count(data_mesh):
+    plan, params = planned("data")
+    total = lambda p, b: (lambda s: s[0] / s[1])(weighted_loss(p, b))  # noqa: E731
+    loss, wanted = jax.value_and_grad(total)(host_tree(), batch_of(None))
+    for options in ({}, {"num_microbatches": 7}, {"num_microbatches": 7, "accumulate": "local"}):
+        got, grads = jax.jit(shardadam.value_and_grad(weighted_loss, plan, **options))(params, batch_of(plan.mesh))
+        np.testing.assert_allclose(got, loss, rtol=1e-5)
+        assert_close(grads, wanted, plan)
+
+
+@pytest.mark.parametrize("collective", ["joint", "per_axis"])
+def test_collectives_over_two_axes_give_the_same_shards(collective):
+    plan, params = planned("two axes", "packed")
+    _, wanted = jax.value_and_grad(mean_loss)(host_tree(), batch_of(None))
+    f = jax.jit(shardadam.value_and_grad(mean_loss, plan, collective=collective))
+    assert_close(f(params, batch_of(plan.mesh))[1], wanted, plan)
+    found = re.findall(r" (reduce-scatter)\(", f.lower(params, batch_of(plan.mesh)).compile().as_text())
+    split = sum(leaf.num_shards > 1 for leaf in plan.leaves.values())
+    assert len(found) == split * (2 if collective == "per_axis" else 1)
+
+
+@pytest.mark.parametrize(("name", "layout"), [("data", "natural"), ("data", "packed"), ("tensor", "packed")])
+def test_one_reduce_scatter_per_leaf_inside_the_backward_scan(name, layout):
+    plan, params = planned(name, layout)
+    x = jax.device_put(batch_of(None), named_sharding(plan.mesh, P("data"), 2))
+    text = jax.jit(shardadam.value_and_grad(mean_loss, plan)).lower(params, x).compile().as_text()
+    lines = re.findall(r"= (\S+) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)\(", text)
+    split = sum(leaf.num_shards > 1 for leaf in plan.leaves.values())
+    assert [op for _, op in lines].count("reduce-scatter") == split
+    assert not {op for _, op in lines} & {"all-gather", "all-to-all", "collective-permute"}
+    layer = plan.leaves["layers/w"]
+    # Of one layer, not of the stack: it is reduced inside the scan.
+    sizes = [
+        np.prod([int(d) for d in re.findall(r"\d+", s.split("[")[1].split("]")[0])]) for s, op in lines if op[0] == "r"
+    ]
+    assert layer.elements_per_device // 3 in sizes
+    assert layer.elements_per_device not in sizes
+
+
+def test_aux_is_averaged_and_the_batch_is_checked(data_mesh):
+    plan, params = planned("data")
+    f = jax.jit(shardadam.value_and_grad(lambda p, b: (mean_loss(p, b), {"x": jnp.mean(b)}), plan, has_aux=True))
+    (_, aux), _ = f(params, batch_of(plan.mesh))
+    np.testing.assert_allclose(aux["x"], batch_of(None).mean(), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"batch: got shape \(55, 64\), wanted a leading dim that divides by 8"):
+        f(params, batch_of(None, 55))
+    for options in ({"num_microbatches": 0}, {"accumulate": "no"}, {"collective": "no"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            shardadam.value_and_grad(mean_loss, plan, **options)
