@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
     from shardadam.plan import Plan, make_plan
     from shardadam.sharding import ShardingError, audit
+    from shardadam.step import make_train_step
     from shardadam.train_state import TrainState
 
 __version__ = "0.1.0"
@@ -29,6 +30,7 @@ _HOME = {
     "audit": "sharding",
     "gather": "gradients",
     "make_plan": "plan",
+    "make_train_step": "step",
     "nadam": "optimizer",
     "nadamw": "optimizer",
     "pack": "layout",
@@ -48,6 +50,7 @@ __all__ = [
     "audit",
     "gather",
     "make_plan",
+    "make_train_step",
     "nadam",
     "nadamw",
     "pack",

@@ -7,7 +7,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
@@ -18,16 +17,8 @@ from shardadam.layout import LeafPlan
 from shardadam.optimizer import ShardedTransformation
 from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
-from shardadam.sharding import (
-    audit,
-    check_context,
-    constrain,
-    map_leaves,
-    named_sharding,
-    pack_leaf,
-    state_shardings,
-    unpack_leaf,
-)
+from shardadam.sharding import audit, constrain, map_leaves, named_sharding, state_shardings
+from shardadam.step import apply_on_shards
 
 
 class TrainState(train_state.TrainState):
@@ -116,32 +107,7 @@ class TrainState(train_state.TrainState):
 
 @functools.partial(jax.jit, static_argnames=("tx", "plan"), inline=True)
 def _apply(grads: Any, opt_state: Any, params: Any, *, tx: Any, plan: Plan) -> tuple[Any, Any]:
-    # Within a combinator of optax's, something else may go by a parameter's shape (a mask on ndim): packed leaves then
-    # keep that shape outside of Adam, and only their updates are gathered instead.
-    check_context(plan.mesh)
-    packed = isinstance(tx, ShardedTransformation)
-
-    def sharded(leaf: LeafPlan) -> bool:
-        return packed or leaf.layout != "packed"
-
-    def to_shards(leaf: LeafPlan, x: Any, path: str) -> Any:
-        if x is not None and jnp.shape(x) != leaf.shape:
-            raise ValueError(
-                f"`{path}`: got shape {jnp.shape(x)}, the plan has {leaf.shape}; make a state for this tree"
-            )
-        return pack_leaf(x, leaf, plan.mesh) if x is not None and sharded(leaf) else x
-
-    def to_whole(leaf: LeafPlan, x: Any, path: str) -> Any:
-        return constrain(x, plan.mesh, leaf.param_spec) if not sharded(leaf) else unpack_leaf(x, leaf, plan.mesh)
-
-    shards = map_leaves(to_shards, params, plan)
-    grads = map_leaves(to_shards, grads, plan)
-    updates, opt_state = optax.with_extra_args_support(tx).update(
-        grads, opt_state, shards, shards_of=plan, packed=packed
-    )
-    with jax.numpy_dtype_promotion("standard"):  # float32 updates of bfloat16 parameters, also where users forbid it
-        shards = optax.apply_updates(shards, updates)
-    return map_leaves(to_whole, shards, plan), opt_state
+    return apply_on_shards(grads, opt_state, params, tx=tx, plan=plan, scattered=False)[:2]
 
 
 def _trained(tree: Any) -> Any:

@@ -1,0 +1,144 @@
+"""The train step: equal to one device with optax, collectives counted, clipping, skipping, one compile, donation."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+from test_gradients import MESHES, batch_of, forward, host_tree, mean_loss, planned, weighted_loss
+from trees import logical
+
+import shardadam
+from shardadam.sharding import named_sharding
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+STEPS = 3
+
+
+def one_device(tx, loss_fn=mean_loss, steps=STEPS):
+    """The oracle: (params, opt_state, losses) of optax on one device, on the whole batch."""
+    params = jax.tree.map(jnp.asarray, host_tree())
+    opt_state, losses = tx.init(params), []
+
+    @jax.jit
+    def step(params, opt_state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    for _ in range(steps):
+        params, opt_state, loss = step(params, opt_state, batch_of(None))
+        losses.append(loss)
+    return params, opt_state, losses
+
+
+def train(name="data", layout="auto", loss_fn=mean_loss, steps=STEPS, poison=(), eps=1e-8, **options):
+    plan, params = planned(name, layout)
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, eps=eps, plan=plan))
+    step, seen = shardadam.make_train_step(loss_fn, state, **options), []
+    for t in range(steps):
+        batch = batch_of(plan.mesh)
+        state, metrics = step(state, batch * jnp.nan if t in poison else batch)
+        seen.append(metrics)
+    return state, seen, step
+
+
+def assert_close(got, wanted, tolerance=1e-4):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), got, wanted)
+
+
+@pytest.mark.parametrize("layout", ["natural", "packed"])
+@pytest.mark.parametrize("name", MESHES)
+def test_equal_to_optax_on_one_device(name, layout):
+    wanted, theirs, losses = one_device(optax.adam(1e-2))
+    state, metrics, step = train(name, layout)
+    assert_close(state.params, wanted)
+    assert_close(logical(state.opt_state[0].mu, state.plan), theirs[0].mu)
+    np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-4)
+    shardadam.audit(state, state.plan)
+    assert step._cache_size() == 1
+    for path, x in [(jax.tree_util.keystr(k), x) for k, x in jax.tree_util.tree_leaves_with_path(state.params)]:
+        assert x.sharding.is_equivalent_to(named_sharding(state.plan.mesh, spec_of(path, state.plan), x.ndim), x.ndim)
+
+
+def spec_of(path, plan):
+    return plan.leaves["/".join(re.findall(r"'(\w+)'", path))].param_spec
+
+
+@pytest.mark.parametrize("options", [{"stage": 1}, {"num_microbatches": 7}, {"collective": "per_axis"}], ids=str)
+def test_options_do_not_change_the_result(options):
+    wanted, _, _ = one_device(optax.adam(1e-2))
+    state, _, _ = train("two axes", "packed", **options)
+    assert_close(state.params, wanted)
+
+
+def test_the_collectives_of_a_step():
+    state, _, step = train(steps=1)
+    x = jax.device_put(batch_of(None), named_sharding(state.plan.mesh, P("data"), 2))
+    compiled = step.lower(state, x).compile()
+    found = re.findall(
+        r"= (\S+) (all-reduce|reduce-scatter|all-gather|all-to-all|collective-permute)\(", compiled.as_text()
+    )
+    ops = [op for _, op in found]
+    split = sum(leaf.num_shards > 1 for leaf in state.plan.leaves.values())
+    assert (ops.count("reduce-scatter"), ops.count("all-gather")) == (split, split)
+    assert len(ops) - 2 * split == ops.count("all-reduce")
+    whole = {leaf.shape for leaf in state.plan.leaves.values() if leaf.layout == "whole"}
+    for shape, op in found:
+        if op == "all-reduce":
+            dims = [tuple(int(d) for d in s.split(",") if d) for s in re.findall(r"f32\[([\d,]*)\]", shape)]
+            assert all(d == () or d in whole for d in dims), shape
+    donated = sum(s.data.nbytes for x in jax.tree.leaves(state) for s in x.addressable_shards[:1])
+    assert compiled.memory_analysis().alias_size_in_bytes == donated
+
+
+@pytest.mark.parametrize("layout", ["natural", "packed"])
+def test_clipping_by_the_global_norm_of_the_shards(layout):
+    # eps = 1: Adam's update then depends on the size of the gradient.
+    wanted, _, _ = one_device(optax.chain(optax.clip_by_global_norm(0.1), optax.adam(1e-2, eps=1.0)))
+    state, metrics, _ = train("data", layout, eps=1.0, max_grad_norm=0.1)
+    assert_close(state.params, wanted, 1e-6)
+    grads = jax.grad(mean_loss)(host_tree(), batch_of(None))
+    np.testing.assert_allclose(metrics[0]["grad_norm"], optax.tree.norm(grads), rtol=1e-4)
+    assert metrics[0]["grad_norm"] > 0.1
+    np.testing.assert_allclose(metrics[-1]["param_norm"], optax.tree.norm(wanted), rtol=1e-5)
+    first, _, _ = train("data", layout, eps=1.0, max_grad_norm=0.1, steps=1)
+    moved = jax.tree.map(lambda a, b: np.asarray(a) - b, first.params, host_tree())
+    np.testing.assert_allclose(metrics[0]["update_norm"], optax.tree.norm(moved), rtol=1e-3)
+
+
+def test_a_nonfinite_step_is_skipped_and_leaves_no_trace():
+    poisoned, metrics, step = train(poison=(1,), skip_nonfinite=True)
+    clean, _, _ = train(steps=STEPS - 1, skip_nonfinite=True)
+    assert [float(m["skipped"]) for m in metrics] == [0, 1, 0]
+    assert int(poisoned.opt_state[0].count) == STEPS - 1
+    assert int(poisoned.step) == STEPS
+    for a, b in zip(jax.tree.leaves(poisoned.params), jax.tree.leaves(clean.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert step._cache_size() == 1
+    broken, _, _ = train(poison=(1,))
+    assert not np.isfinite(broken.params["embed"]).all()
+
+
+def test_weighted_losses_and_aux():
+    def loss_fn(params, batch):
+        return weighted_loss(params, batch), {"h": jnp.mean(forward(params, batch))}
+
+    _, _, losses = one_device(optax.adam(1e-2), lambda p, b: (lambda s: s[0] / s[1])(weighted_loss(p, b)))
+    _, metrics, _ = train(loss_fn=loss_fn, has_aux=True, num_microbatches=7)
+    np.testing.assert_allclose([m["loss"] for m in metrics], losses, rtol=1e-4)
+    np.testing.assert_allclose(
+        metrics[0]["aux"]["h"], jnp.mean(forward(host_tree(), batch_of(None))), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_bad_options_are_refused():
+    plan, params = planned("data")
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, plan=plan))
+    with pytest.raises(ValueError, match=r"stage: got 4, wanted 1 or 2"):
+        shardadam.make_train_step(mean_loss, state, stage=4)
+    with pytest.raises(ValueError, match=r"max_grad_norm: got 0"):
+        shardadam.make_train_step(mean_loss, state, max_grad_norm=0)
