@@ -31,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     except Exception as error:
         code = _exit_code(error)
-        if code is not None:
-            print(f"shardadam {args.command}: {error}", file=sys.stderr)
-        elif _has_peers():
-            traceback.print_exc()
-        else:
+        if code is None and not _has_peers():
             raise
+        if code is None:
+            traceback.print_exc()
+            code = 1
+        else:
+            print(f"shardadam {args.command}: {error}", file=sys.stderr)
     if _has_peers():
         from shardadam.runtime import leave
 
-        leave(1 if code is None else code)
+        leave(code)
     return code
 
 
@@ -120,7 +121,11 @@ def _launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not args.program:
         raise ConfigError("launch what? Give a command after `--`, such as: -- train configs/quickstart.yaml")
     own = args.program[0] in _COMMANDS
-    return launch([sys.executable, "-m", "shardadam.cli", *args.program] if own else args.program, config)
+    try:
+        return launch([sys.executable, "-m", "shardadam.cli", *args.program] if own else args.program, config)
+    except OSError as error:
+        known = ", ".join(_COMMANDS)
+        raise ConfigError(f"cannot start '{args.program[0]}': {error.strerror}; give {known}, or a program") from None
 
 
 def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -56,7 +56,7 @@ def initialize(*, heartbeat_seconds: int = 20, timeout_seconds: int = 300) -> in
     if not MIN_HEARTBEAT <= heartbeat_seconds <= MAX_HEARTBEAT:
         raise ValueError(f"heartbeat_seconds: got {heartbeat_seconds}, wanted {MIN_HEARTBEAT} to {MAX_HEARTBEAT}")
     if jax.distributed.is_initialized():
-        return jax.process_count()
+        return _joined().num_processes  # jax.process_count() would start the devices
     settings = given_settings(os.environ) or _detected_settings(timeout_seconds)
     if settings is None or settings.num_processes == 1:
         return 1
@@ -75,7 +75,7 @@ def given_settings(environment: Mapping[str, str]) -> Settings | None:
     Raises:
       RuntimeSettingsError: they contradict each other, or some are missing.
     """
-    counts = {name: _number(name, environment[name]) for name in _COUNTS if environment.get(name)}
+    counts = {name: _number(name, environment[name], least=1) for name in _COUNTS if environment.get(name)}
     if len(set(counts.values())) > 1:
         said = " and ".join(f"{name}={value}" for name, value in counts.items())
         raise RuntimeSettingsError(f"{said}: they name two numbers of processes; unset one of them")
@@ -127,18 +127,22 @@ def _detected_settings(timeout_seconds: int) -> Settings | None:
     return None
 
 
-def _number(name: str, text: str) -> int:
-    if not text.isdecimal():
-        raise RuntimeSettingsError(f"{name}={text!r}: wanted a whole number")
+def _number(name: str, text: str, *, least: int = 0) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise RuntimeSettingsError(f"{name}={text!r}: wanted a whole number of {least} or more")
     return int(text)
 
 
 def coordination_client() -> Any:
     """The client of the processes' key-value store; None where there is one process."""
-    # Not public; Orbax's own way to it: https://github.com/google/orbax, multihost.get_jax_distributed_client.
+    return _joined().client
+
+
+def _joined() -> Any:
+    # Not public, but there is no other way to the key-value store; Orbax takes the same one.
     from jax._src import distributed
 
-    return distributed.global_state.client
+    return distributed.global_state
 
 
 _said: dict[str, int] = {}

@@ -221,7 +221,8 @@ def _nearest(key: str, prefix: str, valid: list[str]) -> str:
     everywhere = {f"{prefix}{name}": name for name in valid}
     if not prefix:
         everywhere |= {f"{section}.{f.name}": f.name for section, kind in SECTIONS.items() for f in fields(kind)}
-    close = difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.6)
+    own = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)  # before a nearer one in another section
+    close = own or difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{full}'" for full, name in everywhere.items() if name == close[0]) + "?"
     return "the fields are " + ", ".join(prefix + name for name in valid)
