@@ -26,7 +26,7 @@ class Faulty(watchdog.Watchdog):
         BEGUN[what] += 1
         for fault in FAULTS:
             if (fault["what"], fault["nth"]) == (what, BEGUN[what]):
-                print(f"fault: {fault}", file=sys.stderr, flush=True)
+                print(f"fault: {json.dumps(fault)}", file=sys.stderr, flush=True)
                 go_wrong(fault["how"], fault.get("delay", 0))
 
 
