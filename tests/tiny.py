@@ -33,7 +33,7 @@ def tiny_raw(runs_dir, **changes) -> dict:
         "optimizer": {"warmup_steps": 2, "decay_steps": 20, "min_size": 64},
     }  # fmt: skip
     for name, value in changes.items():
-        raw[name] = {**raw[name], **value} if isinstance(value, dict) else value
+        raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
     return raw
 
 

@@ -8,11 +8,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 
 Positive = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
+Seconds = Annotated[float, Ge(0)]
 FloatName = Literal["float32", "bfloat16"]
 
 
@@ -99,6 +100,24 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadlineConfig:
+    """Seconds after which a process that is still at it ends itself as stuck, exit code 75; 0: it may take for ever."""
+
+    start: Seconds = 600
+    """Finding the other processes and the devices, reading the text, making the state."""
+    compile: Seconds = 3600
+    """Compiling, and the first step."""
+    step: Seconds = 600
+    """One step, or one batch of the evaluation."""
+    save: Seconds = 3600
+    """Saving a checkpoint, and waiting for the save before it."""
+    restore: Seconds = 3600
+    """Restoring a checkpoint."""
+    heartbeat: Annotated[int, Ge(10), Le(30)] = 20
+    """With several processes: one that is silent for so long ends the others."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run."""
 
@@ -134,9 +153,16 @@ class TrainConfig:
     """The text."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
+    deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
+    """When a process counts as stuck."""
 
 
-SECTIONS: dict[str, type] = {"model": ModelConfig, "data": DataConfig, "optimizer": OptimizerConfig}
+SECTIONS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "deadlines": DeadlineConfig,
+}
 
 
 def load_config(path: str | Path) -> TrainConfig:
@@ -195,7 +221,8 @@ def _nearest(key: str, prefix: str, valid: list[str]) -> str:
     everywhere = {f"{prefix}{name}": name for name in valid}
     if not prefix:
         everywhere |= {f"{section}.{f.name}": f.name for section, kind in SECTIONS.items() for f in fields(kind)}
-    close = difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.6)
+    own = difflib.get_close_matches(key, valid, n=1, cutoff=0.8)  # before a nearer one in another section
+    close = own or difflib.get_close_matches(key, everywhere.values(), n=1, cutoff=0.6)
     if close:
         return "did you mean " + " or ".join(f"'{full}'" for full, name in everywhere.items() if name == close[0]) + "?"
     return "the fields are " + ", ".join(prefix + name for name in valid)

@@ -48,10 +48,14 @@ def mesh_text(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def start_devices(config: TrainConfig) -> None:
-    """Asks for simulated CPU devices. Must run before JAX starts its backend; harmless where there are accelerators."""
+def start_devices(config: TrainConfig, num_processes: int = 1) -> None:
+    """Asks for this process's part of the simulated CPU devices. Harmless where there are accelerators.
+
+    Must run before JAX starts its backend.
+    """
     sizes = parse_mesh(config.mesh)
     count = config.cpu_devices if -1 in sizes.values() else math.prod(sizes.values())
+    count = max(count // num_processes, 1)
     wanted = {_COUNT_FLAG: str(count)}
     if count > 1:
         # Simulated devices run their operations in one pool of threads. Where all of these wait in collectives for a

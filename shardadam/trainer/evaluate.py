@@ -2,7 +2,6 @@
 
 import functools
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -49,13 +48,13 @@ def _eval_step(
 
 
 def evaluate(
-    state: shardadam.TrainState, corpus: Corpus, config: TrainConfig, *, stop: threading.Event | None = None
+    state: shardadam.TrainState, corpus: Corpus, config: TrainConfig, *, stop: Callable[[], bool] | None = None
 ) -> Evaluation | None:
-    """Scores the evaluation text; None where `stop` was set meanwhile."""
+    """Scores the evaluation text; None where `stop`, called before each batch, said so."""
     sharding = NamedSharding(state.plan.mesh, P("data"))
     sums = []
     for batch in data.eval_batches(corpus.eval, config):
-        if stop is not None and stop.is_set():
+        if stop is not None and stop():
             return None
         sums.append(
             jax.device_get(_eval_step(state.params, data.place_batch(batch, sharding), apply_fn=state.apply_fn))

@@ -1,27 +1,34 @@
 """The training run: resume or begin, step, report, save, and stop when asked to."""
 
+import itertools
+import json
 import logging
 import math
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
+from shardadam import runtime
 from shardadam.trainer import data
+from shardadam.trainer.agreement import check_alike, stop_agreement
 from shardadam.trainer.build import StepMetrics, create_state, make_train_step
 from shardadam.trainer.config import TrainConfig
 from shardadam.trainer.corpus import Corpus, load_corpus
 from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
 from shardadam.trainer.evaluate import Evaluation, evaluate
-from shardadam.trainer.metrics import Metrics
+from shardadam.trainer.metrics import Metrics, NoMetrics
 from shardadam.trainer.run_dir import check_resume, run_directory, write_run
 from shardadam.trainer.signals import StopSignals
+from shardadam.trainer.watchdog import Watchdog
+
+_FOREVER = 10**6  # seconds
 
 log = logging.getLogger("shardadam.trainer")
 
@@ -66,26 +73,42 @@ def train(config: TrainConfig) -> Result:
       ConfigError: something that the user can set right.
       TrainingError: the loss is no longer finite; the checkpoints before that are kept.
     """
-    start_devices(config)
-    mesh = build_mesh(config)
-    data.check_batch(config, mesh.shape["data"])
-    corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, window=config.model.max_len + 1)
-    directory = run_directory(config) / "checkpoints"
-    with (
-        StopSignals() as signals,
-        shardadam.Checkpointer(directory, max_to_keep=config.max_to_keep) as checkpointer,
-    ):
-        latest = checkpointer.latest_step()
-        if latest is not None:
-            check_resume(config, corpus.sha256)
-        state = create_state(config, mesh)
-        _record(config, corpus, state)
-        if latest is not None:
-            state = checkpointer.restore(state, latest)
-            log.info("going on at step %d, from %s", latest, directory / str(latest))
-        shardadam.audit(state, state.plan)
-        run = _Run(config, corpus, checkpointer, signals.requested, saved=latest)
-        return run.to_the_end(state)
+    seconds = asdict(config.deadlines)
+    num_processes = runtime.initialize(
+        heartbeat_seconds=seconds.pop("heartbeat"), timeout_seconds=math.ceil(seconds["start"] or _FOREVER)
+    )
+    start_devices(config, num_processes)
+    with StopSignals() as signals, Watchdog(seconds) as watchdog:  # after `initialize`, which takes SIGTERM's handler
+        watchdog.begin("start")
+        mesh = build_mesh(config)
+        data.check_batch(config, mesh.shape["data"])
+        corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, window=config.model.max_len + 1)
+        check_alike(config, corpus.sha256)
+        directory = run_directory(config) / "checkpoints"
+        with (
+            stop_agreement(signals.requested) as stop,
+            shardadam.Checkpointer(directory, max_to_keep=config.max_to_keep) as checkpointer,
+        ):
+            state, latest = _begin(config, mesh, corpus, checkpointer, watchdog)
+            return _Run(config, corpus, checkpointer, watchdog, stop, saved=latest).to_the_end(state)
+
+
+def _begin(
+    config: TrainConfig, mesh: Mesh, corpus: Corpus, checkpointer: shardadam.Checkpointer, watchdog: Watchdog
+) -> tuple[shardadam.TrainState, int | None]:
+    """The state to go on with, and the step that it was saved at; None for a new run."""
+    # Process 0's word: on a shared disk others may see a step later.
+    latest = json.loads(runtime.from_process_zero("latest", json.dumps(checkpointer.latest_step())))
+    if latest is not None:
+        check_resume(config, corpus.sha256)
+    state = create_state(config, mesh)
+    _record(config, corpus, state)
+    if latest is not None:
+        watchdog.begin("restore")
+        state = checkpointer.restore(state, latest)
+        log.info("going on at step %d, from %s", latest, checkpointer.directory / str(latest))
+    shardadam.audit(state, state.plan)
+    return state, latest
 
 
 class _Run:
@@ -96,11 +119,13 @@ class _Run:
         config: TrainConfig,
         corpus: Corpus,
         checkpointer: shardadam.Checkpointer,
-        stop: threading.Event,
+        watchdog: Watchdog,
+        stop: Callable[[], bool],
         *,
         saved: int | None,
     ) -> None:
-        self.config, self.corpus, self.checkpointer, self.stop, self.saved = config, corpus, checkpointer, stop, saved
+        self.config, self.corpus, self.checkpointer, self.saved = config, corpus, checkpointer, saved
+        self.watchdog, self.stop = watchdog, stop
         self.pending: list[tuple[int, StepMetrics]] = []
         self.since = time.perf_counter()
 
@@ -109,9 +134,12 @@ class _Run:
         start, steps, directory = int(state.step), self.config.steps, run_directory(self.config)
         if start >= steps:
             log.info("already at step %d, 'steps' is %d: nothing to train; raise 'steps' to go on", start, steps)
-        with Metrics(
-            directory, first_step=start, steps=max(start, steps), tensorboard=self.config.tensorboard
-        ) as self.metrics:
+        self.metrics = NoMetrics()
+        if jax.process_index() == 0:
+            self.metrics = Metrics(
+                directory, first_step=start, steps=max(start, steps), tensorboard=self.config.tensorboard
+            )
+        with self.metrics:
             state = self._train(state, start)
             shardadam.audit(state, state.plan)
             step = int(state.step)
@@ -119,6 +147,7 @@ class _Run:
             self.metrics.pause()
             stopped = step < steps
             evaluation = None if stopped else self._evaluate(step, state)
+        self.watchdog.begin("save")
         self.checkpointer.wait()
         checkpoint = directory / "checkpoints" / str(self.saved)
         return Result(state=state, stopped=stopped, checkpoint=checkpoint, eval=evaluation)
@@ -127,7 +156,8 @@ class _Run:
         config, train_step = self.config, make_train_step(self.config.optimizer)
         sharding = NamedSharding(state.plan.mesh, P("data"))
         for step in range(start + 1, config.steps + 1):
-            if self.stop.is_set():
+            self.watchdog.begin("compile" if step == start + 1 else "step", times=1 + len(self.pending))
+            if self.stop():
                 break
             batch = data.place_train_batch(self.corpus.train, config, step - 1, sharding)
             state, metrics = train_step(state, batch)
@@ -148,6 +178,8 @@ class _Run:
         """Brings the metrics of the steps since the last time to the host, and reports them."""
         if not self.pending:
             return
+        if not compiled:
+            self.watchdog.begin("step", times=len(self.pending))
         fetched = [(step, jax.device_get(metrics)) for step, metrics in self.pending]
         self.pending = []
         now = time.perf_counter()
@@ -171,12 +203,19 @@ class _Run:
         if step == self.saved:
             return
         self._fetch()  # a state that is not finite must not push a good one out
+        self.watchdog.begin("save")
         self.checkpointer.save(step, state)
         self.saved = step
         self.since = time.perf_counter()
 
     def _evaluate(self, step: int, state: shardadam.TrainState) -> Evaluation | None:
-        evaluation = evaluate(state, self.corpus, self.config, stop=self.stop)
+        batches = itertools.count()
+
+        def stop() -> bool:
+            self.watchdog.begin("step" if next(batches) else "compile")
+            return self.stop()
+
+        evaluation = evaluate(state, self.corpus, self.config, stop=stop)
         if evaluation is not None:
             scores = {f"eval_{name}": value for name, value in asdict(evaluation).items() if value is not None}
             self.metrics.write(step, scores)

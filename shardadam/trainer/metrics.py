@@ -1,5 +1,6 @@
 """Where numbers go while a run trains: a progress bar, metrics.jsonl, and TensorBoard where it is asked for."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -68,6 +69,19 @@ class Metrics:
         self._progress.update(self._task, completed=step, description=text)
         if self._progress.disable:
             self._console.print(f"step {step}/{self._steps}  {text}", highlight=False)
+
+
+class NoMetrics(contextlib.nullcontext[Any]):
+    """Takes what `Metrics` takes and writes nothing: for all processes but the first."""
+
+    def pause(self) -> None:
+        """Nothing is shown."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing is written."""
+
+    def show(self, step: int, loss: float, tokens_per_second: float) -> None:
+        """Nothing is shown."""
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -3,19 +3,20 @@
 import json
 import os
 import platform
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from shardadam.trainer.config import ConfigError, TrainConfig, dump_config
+from shardadam.trainer.config import ConfigError, DeadlineConfig, TrainConfig, dump_config
 
 # What does not change the numbers, or (the mesh) changes no more than the order in which they are added up.
 MAY_CHANGE = {
     "name", "steps", "mesh", "cpu_devices", "platform", "runs_dir", "log_every", "eval_every", "save_every",
     "max_to_keep", "tensorboard", "data.eval_tokens", "model.remat", "optimizer.layout", "optimizer.min_size",
+    *(f"deadlines.{field.name}" for field in fields(DeadlineConfig)),
 }  # fmt: skip
 
 
@@ -38,14 +39,14 @@ def check_resume(config: TrainConfig, sha256: str) -> None:
     """
     directory = run_directory(config)
     try:
-        before = _flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
+        before = flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
         recorded = json.loads((directory / "run.json").read_text(encoding="utf-8"))["data_sha256"]
     except FileNotFoundError as error:
         raise ConfigError(
             f"{directory} has checkpoints but no {Path(error.filename).name} to say what they are of; "
             "put it back, or choose another 'name'"
         ) from None
-    now = _flat(asdict(config))
+    now = flat(asdict(config))
     changed = [name for name in now if name not in MAY_CHANGE and name in before and before[name] != now[name]]
     if changed:
         said = "; ".join(f"'{name}' was {before[name]!r}, is {now[name]!r}" for name in changed)
@@ -73,7 +74,8 @@ def _write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def _flat(nested: dict[str, Any]) -> dict[str, Any]:
+def flat(nested: dict[str, Any]) -> dict[str, Any]:
+    """{"data": {"files": 1}} -> {"data.files": 1}: fields as the command line names them."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         inner = {f"{name}.{key}": x for key, x in value.items()} if isinstance(value, dict) else {name: value}

@@ -39,7 +39,8 @@ class StopSignals:
             return
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: a handler of C's, as jax.distributed has one for SIGTERM; Python cannot set it again.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._writer.close()  # ends the thread's recv
         self._thread.join()
         self._reader.close()

@@ -1,0 +1,76 @@
+"""Runs a config by `shardadam launch`, with faults in it, and reads what became of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import yaml
+
+from shardadam import Checkpointer
+from shardadam.trainer.build import create_state
+from shardadam.trainer.config import parse_config
+from shardadam.trainer.devices import build_mesh
+from shardadam.trainer.run_dir import run_directory
+
+ROOT = Path(__file__).parents[2]
+DEADLINES = {"compile": 120, "step": 6, "save": 30, "restore": 30, "heartbeat": 10}
+
+
+def launched(config, cache, *options, processes=2, faults=(), kill_after=None):
+    """Trains `config` with 8 devices in several processes; returns the finished launcher.
+
+    Args:
+      config: what a YAML file would hold.
+      cache: a directory for compiled programs, which most starts share.
+      *options: of `shardadam launch`.
+      processes: how many.
+      faults: see faulty.py.
+      kill_after: seconds until the launcher itself is killed.
+    """
+    path = Path(config["runs_dir"]) / f"{config['name']}.yaml"
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(yaml.safe_dump(config))
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+        "FAULTS": json.dumps(faults), "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
+    }  # fmt: skip
+    command = [
+        sys.executable, "-m", "shardadam.cli", "launch", "--processes", str(processes),
+        "--devices-per-process", str(8 // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
+        sys.executable, str(ROOT / "tests/integration/faulty.py"), "train", str(path),
+    ]  # fmt: skip
+    launcher = subprocess.Popen(
+        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        out, err = launcher.communicate(timeout=kill_after or 280)
+    except subprocess.TimeoutExpired:
+        launcher.send_signal(signal.SIGKILL)
+        out, err = launcher.communicate(timeout=60)  # the processes have its pipes; they end when they miss it
+    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+
+
+def final_state(config):
+    """(The newest step, what was saved there), on this process's devices."""
+    config = parse_config(config)
+    like = create_state(config, build_mesh(config))
+    with Checkpointer(run_directory(config) / "checkpoints") as checkpointer:
+        return checkpointer.latest_step(), checkpointer.restore(like)
+
+
+def assert_same_bits(a, b):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y), err_msg=jax.tree_util.keystr(path))
+
+
+def assert_close(a, b):
+    """For another number of processes: gloo adds up in another order than XLA does within one process."""
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(x), np.asarray(y), rtol=2e-3, atol=2e-5, err_msg=jax.tree_util.keystr(path)
+        )

@@ -1,0 +1,114 @@
+"""What every process of a test runs: both ways to use the library, and a checkpoint from another process count.
+
+`python processes_program.py OUT READ WRITE`: restores the state in READ, saves its own to WRITE, and process 0 writes
+all results, gathered, to OUT.
+"""
+
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import PartitionSpec as P
+
+import shardadam
+from shardadam import runtime
+from shardadam.sharding import named_sharding
+
+SHAPES = {"kernel": (64, 48), "odd": (17, 257), "bias": (1300,), "tiny": (7,)}  # natural, packed, packed, whole
+NUM_STEPS = 3
+
+
+def draw(seed):
+    rng = np.random.default_rng(seed)
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+
+
+def everywhere(tree, mesh, spec=P()):
+    """Host arrays that every process has in full -> on the mesh."""
+    shardings = jax.tree.map(lambda x: named_sharding(mesh, spec, x.ndim), tree)
+    return jax.tree.map(lambda x, s: jax.make_array_from_callback(x.shape, s, lambda at: x[at]), tree, shardings)
+
+
+def on_host(tree, mesh):
+    """All of a tree in every process, which only a collective can do."""
+    gathered = jax.jit(lambda t: t, out_shardings=jax.tree.map(lambda x: named_sharding(mesh, P(), x.ndim), tree))(tree)
+    return jax.tree.map(np.asarray, gathered)
+
+
+def loss_fn(params, batch):
+    return sum(jnp.mean((batch[:, :1] - x.ravel()[:8]) ** 2) for x in jax.tree.leaves(params))
+
+
+def drop_in(mesh):
+    """`shardadam.adam` within a user's own jit, with gradients that are given: equal to the bit for any processes."""
+    params = everywhere(draw(0), mesh)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, mesh, min_size=100))
+    opt_state = tx.init(params)
+    shardadam.audit(opt_state, tx.plan_of(params))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, grads):
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    for seed in range(1, NUM_STEPS + 1):
+        params, opt_state = step(params, opt_state, everywhere(draw(seed), mesh))
+    assert step._cache_size() == 1
+    return params, opt_state
+
+
+def new_state(mesh, seed=0):
+    params = everywhere(draw(seed), mesh)
+    plan = shardadam.make_plan(params, mesh, min_size=100)
+    tx = shardadam.adamw(1e-2, weight_decay=0.1, plan=plan)
+    return shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan)
+
+
+@partial(jax.jit, donate_argnums=0)
+def train_step(state, grads):
+    return state.apply_gradients(grads=grads)
+
+
+@jax.jit
+def grads_of(params, batch):
+    return jax.grad(loss_fn)(params, batch)
+
+
+def trained(mesh):
+    """`shardadam.TrainState`: with gradients that are given, and with those of a batch that the processes share out."""
+    given, summed = new_state(mesh), new_state(mesh)
+    for seed in range(1, NUM_STEPS + 1):
+        given = train_step(given, everywhere(draw(seed), mesh))
+        batch = np.random.default_rng(seed).standard_normal((16, 4)).astype(np.float32)
+        summed = train_step(summed, grads_of(summed.params, everywhere(batch, mesh, P("data"))))
+    shardadam.audit(given, given.plan)
+    return given, summed
+
+
+def results(mesh, read, write):
+    """Everything, on the host; keyed by keypath, and the mu and nu of packed leaves as the checkpoint has them."""
+    params, opt_state = drop_in(mesh)
+    given, summed = trained(mesh)
+    with shardadam.Checkpointer(write) as checkpointer:
+        checkpointer.save(int(given.step), given, extra={"processes": jax.process_count()})
+        checkpointer.wait()
+        assert checkpointer.latest_step() == NUM_STEPS
+    with shardadam.Checkpointer(read) as checkpointer:
+        restored = checkpointer.restore(new_state(mesh, seed=9))
+    shardadam.audit(restored, restored.plan)
+    everything = {"params": params, "opt_state": opt_state, "given": given, "summed": summed, "restored": restored}
+    leaves = jax.tree_util.tree_flatten_with_path(on_host(everything, mesh))[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+if __name__ == "__main__":
+    out, read, write = sys.argv[1:]
+    num_processes = runtime.initialize(heartbeat_seconds=30)
+    assert num_processes == jax.process_count() > 1
+    found = results(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), read, write)
+    assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
+    if jax.process_index() == 0:
+        np.savez(out, **found)

@@ -1,0 +1,75 @@
+"""The watchdog, in processes of their own that it may end; they do not wait for JAX."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from shardadam.trainer.watchdog import EXIT_ORPHANED, EXIT_STUCK, Watchdog
+
+OPENING = """
+import ctypes, os, subprocess, sys, threading, time
+from shardadam.trainer.watchdog import Watchdog
+def begin(**seconds):
+    watchdog = Watchdog(seconds).__enter__()
+    watchdog.begin(next(iter(seconds)))
+    return watchdog
+def stuck_here():
+"""
+STUCK = {
+    "Python": "while True: pass",
+    "a wait of C's": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "C with the interpreter's lock": "ctypes.PyDLL(None).sleep(60)",
+}
+
+
+def run(body, stuck="pass", **options):
+    return subprocess.run(
+        [sys.executable, "-c", f"{OPENING}    {stuck}\n{body}"], capture_output=True, text=True, timeout=60, **options
+    )
+
+
+@pytest.mark.parametrize("where", list(STUCK))
+def test_a_stuck_process_ends_itself_and_says_where(where):
+    ran = run("begin(save=0.3); stuck_here()", STUCK[where])
+    if where == "C with the interpreter's lock":
+        assert ran.returncode == 1  # faulthandler's own, the only one that needs no lock
+    else:
+        assert ran.returncode == EXIT_STUCK
+        assert "watchdog: 'save' has taken more than 0.3 s, its deadline" in ran.stderr
+    assert "in stuck_here" in ran.stderr
+
+
+def test_each_thing_begun_has_a_deadline_of_its_own():
+    ran = run(
+        "watchdog = begin(step=0.5, save=0)\n"
+        "for _ in range(4): time.sleep(0.3); watchdog.begin('step')\n"
+        "watchdog.begin('step', times=4); time.sleep(1.2)\n"
+        "watchdog.begin('save'); time.sleep(1)\n"
+        "watchdog.begin('step'); watchdog.__exit__(None, None, None); time.sleep(1)\n"
+        "print('through')"
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "through\n", "")
+
+
+def test_what_has_no_deadline_cannot_begin():
+    with Watchdog({"step": 1}) as watchdog, pytest.raises(KeyError):
+        watchdog.begin("lunch")
+
+
+def test_a_process_whose_launcher_is_gone_ends(tmp_path):
+    ready = tmp_path / "ready"
+    child = f"{OPENING}    pass\nwatchdog = begin(step=0); open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"],
+        env=os.environ | {"SHARDADAM_RESTARTS": "0"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not ready.exists():
+        time.sleep(0.05)
+    parent.send_signal(signal.SIGKILL)
+    _, err = parent.communicate(timeout=20)  # ends when the child, too, has closed the pipe
+    assert f"the launcher, process {parent.pid}, is gone" in err
+    assert f"exit code {EXIT_ORPHANED}" in err
