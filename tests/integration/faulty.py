@@ -1,7 +1,8 @@
 """`shardadam` with faults in it: a program for `shardadam launch`, which its tests and `scripts/torture` run.
 
-FAULTS in the environment is a JSON list of what goes wrong: in the process `process`, when its group has been started
-anew `restarts` times, at the `nth` time that it begins `what` (compile, step, save, restore), `delay` seconds later.
+FAULTS in the environment is a JSON list of what goes wrong, one thing after the other, however often the group is
+started anew meanwhile: in the process `process`, at the `nth` time that it begins `what` (compile, step, save, restore)
+since its start, `delay` seconds later. The file FAULTS_DONE holds a line for each that has happened.
 """
 
 import ctypes
@@ -11,11 +12,13 @@ import signal
 import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 from shardadam.trainer import watchdog
 
-HERE = int(os.environ["SHARDADAM_RESTARTS"]), int(os.environ["JAX_PROCESS_ID"])
-FAULTS = [fault for fault in json.loads(os.environ["FAULTS"]) if (fault["restarts"], fault["process"]) == HERE]
+DONE = Path(os.environ["FAULTS_DONE"])
+NUM_DONE = len(DONE.read_text().splitlines()) if DONE.exists() else 0
+FAULTS = json.loads(os.environ["FAULTS"])[NUM_DONE : NUM_DONE + 1]
 BEGUN = Counter()
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
@@ -25,7 +28,10 @@ class Faulty(watchdog.Watchdog):
         super().begin(what, times=times)
         BEGUN[what] += 1
         for fault in FAULTS:
-            if (fault["what"], fault["nth"]) == (what, BEGUN[what]):
+            here = fault["process"] == int(os.environ["JAX_PROCESS_ID"])
+            if here and (fault["what"], fault["nth"]) == (what, BEGUN[what]):
+                with DONE.open("a") as done:
+                    done.write(json.dumps(fault) + "\n")
                 print(f"fault: {json.dumps(fault)}", file=sys.stderr, flush=True)
                 go_wrong(fault["how"], fault.get("delay", 0))
 

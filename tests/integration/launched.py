@@ -21,27 +21,31 @@ ROOT = Path(__file__).parents[2]
 DEADLINES = {"compile": 120, "step": 6, "save": 30, "restore": 30, "heartbeat": 10}
 
 
-def launched(config, cache, *options, processes=2, faults=(), kill_after=None):
-    """Trains `config` with 8 devices in several processes; returns the finished launcher.
+def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_after=None):
+    """Trains `config` in several processes; returns the finished launcher.
 
     Args:
       config: what a YAML file would hold.
       cache: a directory for compiled programs, which most starts share.
       *options: of `shardadam launch`.
       processes: how many.
+      devices: how many they have in all.
       faults: see faulty.py.
       kill_after: seconds until the launcher itself is killed.
     """
     path = Path(config["runs_dir"]) / f"{config['name']}.yaml"
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(yaml.safe_dump(config))
+    done = path.with_suffix(".faults")
+    done.unlink(missing_ok=True)
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-        "FAULTS": json.dumps(faults), "JAX_COMPILATION_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT),
+        "FAULTS": json.dumps(faults), "FAULTS_DONE": str(done), "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "PYTHONPATH": str(ROOT),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
     command = [
         sys.executable, "-m", "shardadam.cli", "launch", "--processes", str(processes),
-        "--devices-per-process", str(8 // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
+        "--devices-per-process", str(devices // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
         sys.executable, str(ROOT / "tests/integration/faulty.py"), "train", str(path),
     ]  # fmt: skip
     launcher = subprocess.Popen(

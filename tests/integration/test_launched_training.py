@@ -12,7 +12,9 @@ from shardadam.trainer.loop import train
 from shardadam.trainer.metrics import read_metrics
 from shardadam.trainer.run_dir import run_directory
 
-STEPS = 12
+STEPS = 9
+# Few devices: what costs is starting processes. test_processes.py has eight.
+DEVICES = {"devices": 4}
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +25,10 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
-    config = tiny_raw(tmp_path_factory.mktemp("runs"), steps=STEPS, save_every=4, log_every=1, deadlines=DEADLINES)
-    ran = launched(config, cache)
+    config = tiny_raw(
+        tmp_path_factory.mktemp("runs"), steps=STEPS, save_every=4, log_every=1, mesh="data=4", deadlines=DEADLINES
+    )
+    ran = launched(config, cache, **DEVICES)
     assert ran.returncode == 0, ran.stderr
     return config, ran
 
@@ -38,7 +42,7 @@ def assert_in_order(parts, text):
 
 def test_two_processes_train_as_one_does(undisturbed, tmp_path):
     config, ran = undisturbed
-    alone = train(tiny_config(tmp_path, steps=STEPS, save_every=4, log_every=1))
+    alone = train(tiny_config(tmp_path, steps=STEPS, mesh="data=4", log_every=1))
     step, state = final_state(config)
     assert step == STEPS
     assert_close(state, alone.state)
@@ -48,31 +52,30 @@ def test_two_processes_train_as_one_does(undisturbed, tmp_path):
     )
     assert len(two) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-4)
-    assert ran.stdout.count("done: step 12") == 1  # process 0 speaks for all
-    assert "[0] done: step 12" in ran.stdout
+    assert ran.stdout.count(f"done: step {STEPS}") == 1  # process 0 speaks for all
+    assert f"[0] done: step {STEPS}" in ran.stdout
     assert json.loads((run_directory(parse_config(config)) / "run.json").read_text())["num_processes"] == 2
 
 
 def test_it_ends_as_if_nothing_had_happened(undisturbed, cache, tmp_path):
     whole, _ = undisturbed
     config = whole | {"runs_dir": str(tmp_path)}
-    stopped = launched(config, cache, faults=[{"restarts": 0, "process": 1, "what": "step", "nth": 4, "how": "term"}])
+    stopped = launched(config, cache, faults=[{"process": 1, "what": "step", "nth": 4, "how": "term"}], **DEVICES)
     assert stopped.returncode == 0, stopped.stderr
     step, _ = final_state(config)
     assert 2 <= step < STEPS
     assert f"[0] stopped at step {step}, saved; run again to go on" in stopped.stdout
 
     faults = [
-        {"restarts": 0, "process": 1, "what": "step", "nth": 3, "how": "kill"},
-        {"restarts": 1, "process": 0, "what": "save", "nth": 1, "how": "kill", "delay": 0.05},  # the coordinator
-        {"restarts": 2, "process": 1, "what": "restore", "nth": 1, "how": "stop", "delay": 0.01},
-        {"restarts": 3, "process": 0, "what": "step", "nth": 2, "how": "spin"},
+        {"process": 0, "what": "save", "nth": 1, "how": "kill", "delay": 0.05},  # the coordinator
+        {"process": 1, "what": "restore", "nth": 1, "how": "stop", "delay": 0.01},
+        {"process": 0, "what": "step", "nth": 2, "how": "spin"},
     ]
-    ran = launched(config, cache, "--max-restarts", "8", faults=faults)
+    ran = launched(config, cache, "--max-restarts", "8", faults=faults, **DEVICES)
     assert ran.returncode == 0, ran.stderr
     said = [
-        "process 1 ended with SIGKILL", "restart 1 of 8", "process 0 ended with SIGKILL", "restart 2 of 8",
-        "restart 3 of 8", "[0] watchdog: 'step' has taken more than 6 s", "ended with exit code 75", "restart 4 of 8",
+        "process 0 ended with SIGKILL", "restart 1 of 8", '"how": "stop"', "restart 2 of 8", '"how": "spin"',
+        "[0] watchdog: 'step' has taken more than 6 s", "ended with exit code 75", "restart 3 of 8",
     ]  # fmt: skip
     assert_in_order(said, ran.stderr)
     assert "go_wrong" in ran.stderr  # where it was stuck

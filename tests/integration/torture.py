@@ -20,14 +20,14 @@ MAX_STARTS = 6  # of one run: after a SIGTERM, or its launcher's death, a run is
 
 
 def random_faults(rng, processes):
-    """One fault for each of the first few times that the group starts."""
+    """A few, one after the other."""
     return [
         {
-            "restarts": restarts, "process": rng.randrange(processes), "how": rng.choice(HOW),
+            "process": rng.randrange(processes), "how": rng.choice(HOW),
             "what": rng.choice(("compile", "step", "step", "save", "save", "restore")), "nth": rng.randint(1, 3),
             "delay": rng.choice((0, rng.uniform(0, 0.2), rng.uniform(0, 2))),
         }
-        for restarts in range(rng.randint(1, 3))
+        for _ in range(rng.randint(1, 3))
     ]  # fmt: skip
 
 
