@@ -1,4 +1,4 @@
-"""Reduce-scatter and all-gather over named mesh axes, for use inside a `shard_map` that is manual over them."""
+"""Reduce-scatter over named mesh axes, and the tap that runs it in a backward pass: inside a `shard_map` over them."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -10,51 +10,28 @@ Collective = Literal["joint", "per_axis"]
 
 
 def reduce_scatter(
-    x: jax.Array,
-    axes: tuple[str, ...],
-    *,
-    dim: int,
-    summed: tuple[str, ...] | None = None,
-    collective: Collective = "joint",
+    x: jax.Array, axes: tuple[str, ...], *, dim: int, summed: tuple[str, ...], collective: Collective = "joint"
 ) -> jax.Array:
-    """The sum of `x` over mesh axes, of which each device keeps its own block of `dim`. Inverse of `all_gather`.
+    """The sum of `x` over mesh axes, of which each device keeps its own block of `dim`.
 
     Args:
       x: this device's summand; `dim` divides by the product of the axes' sizes.
       axes: the mesh axes that the blocks are dealt out over, major to minor.
       dim: the dim that is cut into blocks.
-      summed: those of `axes` that are summed over; over the others `x` is the same already, and a block is only taken.
-        Default: all.
+      summed: the axes to sum over; over the others of `axes` `x` is the same already, and a block is only taken.
       collective: "joint" is one collective over all axes; "per_axis" one for each, major first: on a TPU torus a
         collective over a single torus axis stays a reduce-scatter, where a joint one becomes an all-reduce.
 
     Returns:
       The block of this device: `x` with `dim` divided by the product of the axes' sizes.
     """
-    if summed is None or set(axes) <= set(summed):
-        groups = [axes] if collective == "joint" else [(axis,) for axis in axes]
-    else:
-        groups = [(axis,) for axis in axes]
-    for group in groups:
-        if summed is None or set(group) <= set(summed):
+    joint = collective == "joint" and set(axes) <= set(summed)
+    for group in [axes] if joint else [(axis,) for axis in axes]:
+        if set(group) <= set(summed):
             x = jax.lax.psum_scatter(x, group, scatter_dimension=dim, tiled=True)
         else:
             size = x.shape[dim] // jax.lax.axis_size(group)
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(group) * size, size, axis=dim)
-    return x
-
-
-def all_gather(x: jax.Array, axes: tuple[str, ...], *, dim: int, collective: Collective = "joint") -> jax.Array:
-    """The blocks of all devices along `dim`, in the order of `reduce_scatter`. Inverse of its dealing out.
-
-    Args:
-      x: this device's block.
-      axes: the mesh axes that the blocks are dealt out over, major to minor.
-      dim: the dim to put them together along.
-      collective: as for `reduce_scatter`; "per_axis" gathers the minor axis first.
-    """
-    for group in [axes] if collective == "joint" else [(axis,) for axis in reversed(axes)]:
-        x = jax.lax.all_gather(x, group, axis=dim, tiled=True)
     return x
 
 

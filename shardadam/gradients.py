@@ -29,6 +29,11 @@ class Region(NamedTuple):
         """The other axes: JAX splits the loss over them by the parameters' own specs."""
         return tuple(axis for axis in self.mesh.axis_names if axis not in self.manual)
 
+    @property
+    def num_devices(self) -> int:
+        """Into how many parts the batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.manual)
+
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["whole", "block"], meta_fields=["leaf", "region"])
 class Gatherable:
@@ -60,12 +65,15 @@ def gather(params: Any) -> Any:
       (2, 4)
     """
 
+    def is_handle(x: Any) -> bool:
+        return isinstance(x, Gatherable)
+
     def one(x: Any) -> Any:
-        if not isinstance(x, Gatherable):
+        if not is_handle(x):
             return x
         return tap(x.whole, x.block, functools.partial(scatter_leaf, leaf=x.leaf, region=x.region))
 
-    return jax.tree.map(one, params, is_leaf=lambda x: isinstance(x, Gatherable))
+    return jax.tree.map(one, params, is_leaf=is_handle)
 
 
 def value_and_grad(
@@ -90,7 +98,7 @@ def value_and_grad(
         over them in float32.
       accumulate: "shards" reduces each microbatch's gradient as it comes, and adds shards; "local" adds whole
         gradients, N times the memory of the shards, and reduces once.
-      reduce_dtype: the dtype gradients are reduced in; default: their own.
+      reduce_dtype: the dtype gradients are reduced in; default: their own, or with "local" that of their sum.
       collective: "joint" or "per_axis", see `shardadam.collectives.reduce_scatter`.
 
     Returns:
@@ -115,10 +123,8 @@ def value_and_grad(
     )
 
     def run(params: Any, batch: Any, *args: Any) -> tuple[Any, Any]:
-        _check_batch(batch, math.prod(plan.mesh.shape[axis] for axis in manual), num_microbatches)
-        blocks = map_leaves(
-            lambda leaf, x, path: only_axes(block_spec(leaf), manual, len(leaf.shape) + 3), params, plan
-        )
+        _check_batch(batch, region.num_devices, num_microbatches)
+        blocks = map_leaves(lambda leaf, x, path: _part_of_spec(block_spec(leaf), manual), params, plan)
         loss, aux, blocks = jax.shard_map(
             local,
             mesh=plan.mesh,
@@ -159,8 +165,8 @@ def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
 
     if not region.auto:
         return own_block(g)
-    whole = only_axes(_without(leaf.param_spec, leaf, skipped), region.auto, g.ndim)
-    block = only_axes(_without(block_spec(leaf), leaf, skipped), region.auto, g.ndim + 3)
+    whole = _part_of_spec(leaf.param_spec, region.auto, skipped)
+    block = _part_of_spec(block_spec(leaf), region.auto, skipped)
     # Manual over the other axes as well: each device scatters its own part, and nothing moves over those axes.
     local = jax.shard_map(own_block, in_specs=whole, out_specs=block, axis_names=set(region.auto), check_vma=False)
     return local(g)
@@ -218,7 +224,7 @@ def _local_sums(
     else:
         total, weight, aux, grads = _sum_over(one, _cut(batch, num_microbatches))
     total, weight = jax.lax.psum((total, weight), region.manual)
-    count = num_microbatches * math.prod(plan.mesh.shape[axis] for axis in region.manual)
+    count = num_microbatches * region.num_devices
     aux = jax.tree.map(lambda x: jax.lax.psum(x, region.manual) / count, aux)
     if not tapped:
         grads = map_leaves(lambda leaf, g, path: scatter_leaf(g, leaf=leaf, region=region), grads, plan)
@@ -227,13 +233,12 @@ def _local_sums(
 
 def _handles(params: Any, blocks: Any, plan: Plan, region: Region) -> Any:
     """What the loss gets: arrays, tapped, and handles for leaves that stack layers."""
-    pairs = map_leaves(lambda leaf, x, path: leaf, params, plan)
-    handles = jax.tree.map(lambda x, block, leaf: Gatherable(x, block, leaf, region), params, blocks, pairs)
-    return jax.tree.map(lambda h: h if h.leaf.stacked_dims else gather(h), handles, is_leaf=_is_handle)
 
+    def one(x: jax.Array, block: jax.Array, leaf: LeafPlan) -> Any:
+        handle = Gatherable(x, block, leaf, region)
+        return handle if leaf.stacked_dims else gather(handle)
 
-def _is_handle(x: Any) -> bool:
-    return isinstance(x, Gatherable)
+    return jax.tree.map(one, params, blocks, map_leaves(lambda leaf, x, path: leaf, params, plan))
 
 
 def _zero_block(x: jax.Array, leaf: LeafPlan, region: Region) -> jax.Array:
@@ -264,9 +269,10 @@ def _split_dim(leaf: LeafPlan) -> int:
     return next(dim for dim, axes in enumerate(parts) if set(leaf.shard_axes) <= set(axes))
 
 
-def _without(spec: P, leaf: LeafPlan, skipped: int) -> P:
-    """A spec without the leading stacked dims that a scan has taken off."""
-    return canonical_spec(entries(spec, len(leaf.shape) + 3)[skipped:])
+def _part_of_spec(spec: P, axes: tuple[str, ...], skipped: int = 0) -> P:
+    """What a spec says of some axes, without the leading dims that a scan has taken off."""
+    rest = P(*tuple(spec)[skipped:])
+    return only_axes(rest, axes, len(rest))
 
 
 def _check_options(num_microbatches: Any, accumulate: str, collective: str) -> None:

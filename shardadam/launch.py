@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from shardadam.environment import COUNT_FLAG, RESTARTS, simulated_devices
 from shardadam.process_group import Failure, ProcessGroup, Signals
 
-_DEVICE_FLAG, _POOL_FLAG = "--xla_force_host_platform_device_count", "--xla_cpu_multi_thread_eigen"
-RESTARTS = "SHARDADAM_RESTARTS"  # tells a process how often its group has been started anew
 _USAGE_ERROR = 2
 _MAX_BACKOFF = 300.0
 
@@ -117,13 +116,8 @@ def process_environment(
         return result
     first = index * devices_per_process
     result["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(first, first + devices_per_process)))
-    flags = [flag for flag in base.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICE_FLAG)]
-    flags.append(f"{_DEVICE_FLAG}={devices_per_process}")
-    if not any(flag.startswith(_POOL_FLAG) for flag in flags):
-        flags.append(f"{_POOL_FLAG}=false")  # or devices that wait in collectives use up XLA's threads
-    result["XLA_FLAGS"] = " ".join(flags)
-    result.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * devices_per_process)))
-    return result
+    others = [flag for flag in base.get("XLA_FLAGS", "").split() if not flag.startswith(COUNT_FLAG)]
+    return result | simulated_devices(result | {"XLA_FLAGS": " ".join(others)}, devices_per_process)
 
 
 def _run(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def make_train_step(
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm: got {max_grad_norm!r}, wanted a number above 0, or None")
     plan, tx = state.plan, state.tx
-    reduced = plan if stage == 2 else _whole(plan)
+    reduced = plan if stage == 2 else _unsplit(plan, plan.leaves)
     differentiate = value_and_grad(
         loss_fn,
         reduced,
@@ -165,7 +165,7 @@ def apply_on_shards(
         new_shards, new_state = _select(keep, (new_shards, new_state), (shards, opt_state))
     norms = {}
     if measure:
-        held = plan if packed else dataclasses.replace(plan, items=tuple((k, _as_held(leaf)) for k, leaf in plan.items))
+        held = plan if packed else _unsplit(plan, [path for path, leaf in plan.items if leaf.layout == "packed"])
         norms = {"update_norm": global_norm(updates, held), "param_norm": global_norm(new_shards, held)}
     return Applied(map_leaves(to_whole, new_shards, plan), new_state, norms)
 
@@ -199,20 +199,17 @@ def global_norm(tree: Any, plan: Plan) -> jax.Array:
     return jnp.sqrt(squared)
 
 
-def _whole(plan: Plan) -> Plan:
-    """The plan with every leaf whole: gradients by it are reduced, and not scattered."""
-    return dataclasses.replace(plan, items=tuple((path, _unsplit(leaf)) for path, leaf in plan.items))
+def _unsplit(plan: Plan, paths: Collection[str]) -> Plan:
+    """The plan with some leaves whole: as gradients are that are reduced and not scattered, or as a combinator sees."""
 
+    def whole(leaf: LeafPlan) -> LeafPlan:
+        return dataclasses.replace(
+            leaf, state_spec=leaf.param_spec, layout="whole", padding=0, shard_axes=(), num_shards=1, reason="unsplit"
+        )
 
-def _unsplit(leaf: LeafPlan) -> LeafPlan:
     return dataclasses.replace(
-        leaf, state_spec=leaf.param_spec, layout="whole", padding=0, shard_axes=(), num_shards=1, reason="stage=1"
+        plan, items=tuple((path, whole(leaf) if path in paths else leaf) for path, leaf in plan.items)
     )
-
-
-def _as_held(leaf: LeafPlan) -> LeafPlan:
-    """How a combinator holds a leaf: packed ones in their parameter's shape."""
-    return _unsplit(leaf) if leaf.layout == "packed" else leaf
 
 
 def _select(keep: jax.Array, new: Any, old: Any) -> Any:

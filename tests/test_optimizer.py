@@ -11,7 +11,7 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from trees import SHAPES, adam_state, assert_same_bits, logical, make_step, put, random_tree
+from trees import SHAPES, adam_state, assert_same_bits, collectives, logical, make_step, put, random_tree
 
 import shardadam
 from shardadam.layout import entries
@@ -228,11 +228,6 @@ def test_donation_aliases_params_mu_and_nu(data_mesh):
     assert all(x.is_deleted() for x in before)
 
 
-COLLECTIVE = re.compile(
-    r" = (\S+?)\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)"
-)
-
-
 @pytest.mark.parametrize("axis_type", [AUTO, EXPLICIT], ids=["auto", "explicit"])
 def test_one_all_gather_per_sharded_leaf_and_nothing_else(axis_type):
     mesh = make_mesh({"data": 8}, axis_type)
@@ -240,7 +235,7 @@ def test_one_all_gather_per_sharded_leaf_and_nothing_else(axis_type):
     plan = shardadam.make_plan(params, mesh, min_size=0)
     tx = shardadam.adam(1e-2, plan=plan)
     text = make_step(tx).lower(params, tx.init(params), params).compile().as_text()
-    found = [op for _, _, op in COLLECTIVE.findall(text)]
+    found = [op for _, op in collectives(text)]
     assert found == ["all-gather"] * sum(leaf.num_shards > 1 for leaf in plan.leaves.values())
 
 
@@ -251,7 +246,7 @@ def test_no_collective_over_the_model_axis_in_the_update():
     plan = shardadam.make_plan(params, mesh, min_size=0)
     tx = shardadam.adam(1e-2, plan=plan)
     text = make_step(tx).lower(params, tx.init(params), params).compile().as_text()
-    groups = [replica_groups(line, mesh.size) for line in text.splitlines() if COLLECTIVE.search(line)]
+    groups = [replica_groups(line, mesh.size) for line in text.splitlines() if collectives(line)]
     along_data = {tuple(device.id for device in column) for column in mesh.devices.T}
     assert len(groups) == sum(leaf.num_shards > 1 for leaf in plan.leaves.values())
     assert all(set(group) == along_data for group in groups)

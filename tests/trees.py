@@ -1,5 +1,7 @@
 """Small parameter trees with awkward shapes, and how the tests place and compare them."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,6 +20,16 @@ SHAPES = {
     "scale": (),
     "layers": {"w": (3, 16, 32)},
 }
+
+
+_COLLECTIVE = re.compile(
+    r" = (\(.*?\)|\S+) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+)
+
+
+def collectives(text):
+    """(shape, op) of every collective in a compiled program's text, in its order; the shape is a tuple's for some."""
+    return _COLLECTIVE.findall(text)
 
 
 def is_shape(x):
@@ -97,6 +109,12 @@ def dims(leaf):
     from shardadam.layout import entries
 
     return entries(leaf.param_spec, len(leaf.shape))
+
+
+def by_path(tree):
+    """Its leaves by name: comparable also where trees hold different functions beside their leaves."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def assert_same_bits(got, wanted):

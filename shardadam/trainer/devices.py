@@ -8,10 +8,10 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
+from shardadam.environment import COUNT_FLAG, simulated_devices
 from shardadam.trainer.config import ConfigError, TrainConfig
 
 AXES = ("data", "model")
-_COUNT_FLAG = "--xla_force_host_platform_device_count"
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -56,16 +56,7 @@ def start_devices(config: TrainConfig, num_processes: int = 1) -> None:
     sizes = parse_mesh(config.mesh)
     count = config.cpu_devices if -1 in sizes.values() else math.prod(sizes.values())
     count = max(count // num_processes, 1)
-    wanted = {_COUNT_FLAG: str(count)}
-    if count > 1:
-        # Simulated devices run their operations in one pool of threads. Where all of these wait in collectives for a
-        # device that finds none, XLA aborts after 40 s. Without the pool each device has a thread of its own, which is
-        # faster, too, as the devices fill the cores by themselves; NPROC is how many threads XLA:CPU starts.
-        wanted["--xla_cpu_multi_thread_eigen"] = "false"
-        os.environ.setdefault("NPROC", str(max(os.cpu_count() or 1, 4 * count)))
-    flags = os.environ.get("XLA_FLAGS", "")
-    added = [f"{flag}={value}" for flag, value in wanted.items() if flag not in flags]  # what the user set stands
-    os.environ["XLA_FLAGS"] = " ".join([flags, *added]).strip()
+    os.environ.update(simulated_devices(os.environ, count, own_threads=count > 1))
     if config.platform == "cpu":
         jax.config.update("jax_platforms", "cpu")
 
@@ -81,7 +72,7 @@ def build_mesh(config: TrainConfig) -> Mesh:
     needed = math.prod(sizes.values())
     if needed > len(devices):
         if devices[0].platform == "cpu":
-            remedy = f"unset {_COUNT_FLAG} in XLA_FLAGS, or set it to {needed}"
+            remedy = f"unset {COUNT_FLAG} in XLA_FLAGS, or set it to {needed}"
         else:
             remedy = "use a smaller mesh, or simulate with --platform cpu"
         raise ConfigError(

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
+from shardadam.environment import RESTARTS
+
 EXIT_STUCK = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed when it is run again
 EXIT_ORPHANED = 76
 
@@ -35,8 +37,7 @@ class Watchdog:
         self._lock = threading.Lock()
         self._what, self._allowed, self._due = "", 0.0, float("inf")
         self._end = threading.Event()
-        # Set by `shardadam launch`.
-        self._parent = os.getppid() if "SHARDADAM_RESTARTS" in os.environ else None
+        self._parent = os.getppid() if RESTARTS in os.environ else None
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begin(self, what: str, *, times: int = 1) -> None:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
+from trees import by_path, random_tree
 
 import shardadam
 from shardadam import runtime
@@ -22,8 +23,7 @@ NUM_STEPS = 3
 
 
 def draw(seed):
-    rng = np.random.default_rng(seed)
-    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SHAPES.items()}
+    return random_tree(seed, shapes=SHAPES)
 
 
 def everywhere(tree, mesh, spec=P()):
@@ -100,8 +100,7 @@ def results(mesh, read, write):
         restored = checkpointer.restore(new_state(mesh, seed=9))
     shardadam.audit(restored, restored.plan)
     everything = {"params": params, "opt_state": opt_state, "given": given, "summed": summed, "restored": restored}
-    leaves = jax.tree_util.tree_flatten_with_path(on_host(everything, mesh))[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+    return by_path(on_host(everything, mesh))
 
 
 if __name__ == "__main__":

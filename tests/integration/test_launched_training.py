@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from launched import DEADLINES, assert_close, assert_same_bits, final_state, launched
+from launched import DEADLINES, assert_close, final_state, launched
 from tiny import tiny_config, tiny_raw
+from trees import assert_same_bits, by_path
 
 from shardadam.trainer.config import parse_config
 from shardadam.trainer.loop import train
@@ -33,6 +34,10 @@ def undisturbed(tmp_path_factory, cache):
     return config, ran
 
 
+def losses(directory):
+    return [record["loss"] for record in read_metrics(directory) if "loss" in record]
+
+
 def assert_in_order(parts, text):
     at = 0
     for part in parts:
@@ -45,11 +50,8 @@ def test_two_processes_train_as_one_does(undisturbed, tmp_path):
     alone = train(tiny_config(tmp_path, steps=STEPS, mesh="data=4", log_every=1))
     step, state = final_state(config)
     assert step == STEPS
-    assert_close(state, alone.state)
-    one, two = (
-        [record["loss"] for record in read_metrics(directory) if "loss" in record]
-        for directory in (tmp_path / "tiny", run_directory(parse_config(config)))
-    )
+    assert_close(state, by_path(alone.state))
+    one, two = losses(tmp_path / "tiny"), losses(run_directory(parse_config(config)))
     assert len(two) == STEPS
     np.testing.assert_allclose(two, one, rtol=1e-4)
     assert ran.stdout.count(f"done: step {STEPS}") == 1  # process 0 speaks for all
@@ -82,5 +84,4 @@ def test_it_ends_as_if_nothing_had_happened(undisturbed, cache, tmp_path):
     (last, state), (_, wanted) = final_state(config), final_state(whole)
     assert last == STEPS
     assert_same_bits(state, wanted)
-    curves = [[r["loss"] for r in read_metrics(run_directory(parse_config(c))) if "loss" in r] for c in (config, whole)]
-    assert curves[0] == curves[1]
+    assert losses(run_directory(parse_config(config))) == losses(run_directory(parse_config(whole)))

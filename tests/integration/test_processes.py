@@ -40,7 +40,10 @@ def launch(processes, *arguments):
                f"--devices-per-process={8 // processes}", "--", sys.executable,
                str(ROOT / "tests/integration/processes_program.py"), *arguments]  # fmt: skip
     # The flags of this process's own backend: equal bits need matrices that are cut alike.
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUMPY_DTYPE_PROMOTION": "standard"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
+        "JAX_NUMPY_DTYPE_PROMOTION": "standard",
+    }
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import conftest  # sets up eight devices, before JAX starts
 import jax
-from launched import DEADLINES, assert_close, assert_same_bits, final_state, launched
+from launched import DEADLINES, assert_close, final_state, launched
 from tiny import tiny_raw
+from trees import assert_same_bits
 
 STEPS = 16
 HOW = ("kill", "kill", "stop", "spin", "hold", "error", "term")
