@@ -1,18 +1,18 @@
 """A plan on a mesh: NamedShardings, bringing leaves to the state's layout and back, and `audit`."""
 
-import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, num_rows, pack, unpack
 from shardadam.plan import Plan, path_name
+from shardadam.planned import KeyPath, is_adam, map_planned, owners, planned_leaf
+from shardadam.planned import map_leaves as map_leaves
+from shardadam.planned import map_moments as map_moments
 
 
 class ShardingError(ValueError):
@@ -136,38 +136,13 @@ def only_axes(spec: P, axes: tuple[str, ...], ndim: int) -> P:
     return canonical_spec(kept)
 
 
-def map_moments(f: Callable[[LeafPlan, Any, str], Any], state: Any, plan: Plan) -> Any:
-    """`f(leaf_plan, leaf, path)` for every leaf of mu and nu in each `optax.ScaleByAdamState` of a tree.
-
-    Args:
-      f: gets the plan of the leaf, the leaf (whatever it is: an array, a ShapeDtypeStruct, a sharding) and its keypath.
-      state: any tree, such as a TrainState or an optax chain's state. All its other leaves are kept as they are.
-      plan: the plan that has a leaf for every keypath below mu and nu.
-
-    Returns:
-      A tree of the same structure.
-
-    Raises:
-      ValueError: a moment that the plan does not know.
-    """
-
-    def node(x: Any) -> Any:
-        return x._replace(mu=map_leaves(f, x.mu, plan), nu=map_leaves(f, x.nu, plan)) if _is_adam(x) else x
-
-    return jax.tree.map(node, state, is_leaf=_is_adam)
-
-
-def map_leaves(f: Callable[[LeafPlan, Any, str], Any], tree: Any, plan: Plan) -> Any:
-    """`f(leaf_plan, leaf, path)` for every leaf of a tree like the parameters: params, grads, mu or nu."""
-    return jax.tree_util.tree_map_with_path(lambda k, x: f(plan.leaf(path_name(k)), x, path_name(k)), tree)
-
-
-def state_shardings(state: Any, plan: Plan) -> Any:
-    """The shardings of a state's leaves: mu and nu by the plan, others by their own, replicated where they have none.
+def state_shardings(state: Any, plan: Plan, *, accumulators: bool = False) -> Any:
+    """The shardings of a state's leaves: by the plan where they lie by it, others by their own, else replicated.
 
     Args:
       state: a tree of arrays or ShapeDtypeStructs.
-      plan: where the moments live.
+      plan: where the leaves live that `map_planned` finds: mu and nu, and whatever else is in shards.
+      accumulators: place all else of a parameter's shape that is abstract, such as `optax.trace`'s, by the plan too.
 
     Returns:
       A tree of NamedShardings of the same structure.
@@ -176,12 +151,16 @@ def state_shardings(state: Any, plan: Plan) -> Any:
 
     def own(x: Any) -> NamedSharding:
         sharding = getattr(x, "sharding", None)
+        if isinstance(x, NamedSharding):
+            return x
         if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == mesh.axis_names:
             return named_sharding(mesh, P(*sharding.spec), jnp.ndim(x))
         return named_sharding(mesh, P(), jnp.ndim(x))
 
-    placed = jax.tree.map(own, state)
-    return map_moments(lambda leaf, _, path: named_sharding(mesh, leaf.state_spec, len(leaf.state_shape)), placed, plan)
+    def planned(leaf: LeafPlan, x: Any, path: str) -> NamedSharding:
+        return named_sharding(mesh, leaf.state_spec, len(leaf.state_shape))
+
+    return jax.tree.map(own, map_planned(planned, state, plan, accumulators=accumulators))
 
 
 def check_context(mesh: Mesh | AbstractMesh) -> None:
@@ -206,27 +185,27 @@ def check_context(mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def audit(state: Any, plan: Plan, *, mu_dtype: Any = None) -> None:
-    """Checks that every mu and nu in a state is where its plan says.
+def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | None = None) -> None:
+    """Checks that every mu and nu in a state, and all else that is in shards, is where its plan says.
 
-    Leaves that are not in the state are not missed: `optax.masked` gives Adam a part of the parameters.
+    Leaves that are not in the state are not missed: `optax.masked` gives Adam a part of the parameters. Accumulators of
+    optax's own combinators may follow the parameters, as long as each parameter has state that lies by the plan.
 
     Args:
-      state: a tree of arrays (or of ShapeDtypeStructs with shardings) with at least one `optax.ScaleByAdamState`.
+      state: a tree of arrays (or of ShapeDtypeStructs with shardings) with at least one tree of moments: those of an
+        `optax.ScaleByAdamState`, or of any transformation that `shardadam.shard` has placed.
       plan: the plan.
-      mu_dtype: what mu must be in; default: any one dtype of the parameters' kind (real or complex).
+      mu_dtype: what Adam's mu must be in; default: any one dtype of the parameters' kind (real or complex).
+      accumulators: whether every leaf that is shaped as its parameter must lie by the plan. Default: where the state
+        is a TrainState whose `tx` is shardadam's own, not one within a combinator.
 
     Raises:
       ShardingError: names each leaf that is replicated, on one device, split in another way, in another memory, or of
-        another shape or dtype, with what was got, what was wanted and what to do; or says that there is no Adam state.
+        another shape or dtype, with what was got, what was wanted and what to do; or says that there is no such state.
     """
-    states = [x for x in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(x)]
-    if not states and plan.items:
-        raise ShardingError(
-            f"no optax.ScaleByAdamState in {type(state).__name__}: got none, wanted one with mu and nu (of an "
-            "nnx.Optimizer, pass optimizer.opt_state)"
-        )
+    strict = hasattr(getattr(state, "tx", None), "plan_of") if accumulators is None else accumulators
     found, faults = 0, []
+    followers: dict[str, list[str | None]] = {}  # By parameter, the faults of its leaves that are not Adam's.
 
     def check(field: str, leaf: LeafPlan, x: Any, path: str) -> None:
         nonlocal found
@@ -235,20 +214,41 @@ def audit(state: Any, plan: Plan, *, mu_dtype: Any = None) -> None:
         if fault is not None:
             faults.append(f"{field} of `{path}`: {fault}")
 
-    for adam in states:
-        map_leaves(functools.partial(check, "mu"), adam.mu, plan)
-        map_leaves(functools.partial(check, "nu"), adam.nu, plan)
+    planned: set[str] = set()
+    for keypath, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_adam)[0]:
+        if is_adam(x):
+            for field in ("mu", "nu"):
+                map_leaves(lambda leaf, x, path, field=field: check(field, leaf, x, path), getattr(x, field), plan)
+                planned.update(path_name(k) for k, _ in jax.tree_util.tree_flatten_with_path(getattr(x, field))[0])
+        elif (path := _owner(keypath, x, plan)) is not None:
+            found += 1
+            fault = _place_fault(plan.leaves[path], x, plan)
+            name = jax.tree_util.keystr(keypath, simple=True, separator="/")
+            followers.setdefault(path, []).append(None if fault is None else f"`{name}`: {fault}")
+    for path, each in followers.items():
+        if strict or (path not in planned and None not in each):
+            faults += [fault for fault in each if fault is not None]
+    if not found and plan.items:
+        raise ShardingError(
+            f"no optax.ScaleByAdamState in {type(state).__name__}, nor other state of the parameters: got none, wanted "
+            "one with mu and nu (of an nnx.Optimizer, pass optimizer.opt_state)"
+        )
     if faults:
         raise ShardingError(
-            f"{len(faults)} of {found} leaves of mu and nu are not where the plan says:\n  "
+            f"{len(faults)} of {found} leaves are not where the plan says:\n  "
             + "\n  ".join(faults)
-            + "\nMake the state with this plan's own init, shardadam.adam(..., plan=plan).init(params), and keep jit's "
-            "out_shardings off it."
+            + "\nMake the state with this plan's own init, shardadam.adam(..., plan=plan).init(params), or that of "
+            "shardadam.shard(tx, plan=plan), and keep jit's out_shardings off it."
         )
 
 
-def _is_adam(x: Any) -> bool:
-    return isinstance(x, optax.ScaleByAdamState)
+def _owner(keypath: KeyPath, x: Any, plan: Plan) -> str | None:
+    """The parameter whose state a leaf is, in the plan's layout or as optax would hold it; None for the params."""
+    if keypath and jax.tree_util.keystr(keypath[:1], simple=True) == "params":
+        return None
+    placed = planned_leaf(keypath, x, plan)
+    shaped = (path for path in owners(keypath, plan) if jnp.shape(x) == plan.leaves[path].shape)
+    return placed if placed is not None else next(shaped, None)
 
 
 def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any) -> str | None:

@@ -77,13 +77,13 @@ class TrainState(train_state.TrainState):
             hidden = not isinstance(tx, ShardedTransformation)
             shown = map_leaves(functools.partial(_natural_shard, mesh), trained, plan) if hidden else trained
             step, opt_state = _on(mesh, (jnp.zeros([], jnp.int32), tx.init(shown)))
-            audit(opt_state, plan)
+            audit(opt_state, plan, accumulators=not hidden)
         return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **kwargs)
 
     @property
     def shardings(self) -> "TrainState":
-        """A TrainState of NamedShardings: of the parameters and moments by the plan, of all else by their own."""
-        placed = state_shardings(self, self.plan)
+        """A TrainState of NamedShardings: of parameters and their state by the plan, of all else by their own."""
+        placed = state_shardings(self, self.plan, accumulators=True)
         params = map_leaves(
             lambda leaf, x, path: named_sharding(self.plan.mesh, leaf.param_spec, len(leaf.shape)),
             _trained(self.params),

@@ -1,12 +1,11 @@
-"""The `Slot` of every leaf of a state: which leaves are moments, by which plan they lie, and what they are called."""
+"""The `Slot` of every leaf of a state: which leaves lie by a plan, by which, and what they are called."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -14,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 from shardadam.checkpoint.logical import Packing, Slot
 from shardadam.layout import LANES, LeafPlan, entries
 from shardadam.plan import Plan, path_name
-from shardadam.sharding import map_moments
+from shardadam.planned import is_adam, map_planned, planned_leaf
+
+# Of optax's states (NamedTuples), the fields that hold trees like the parameters.
+_FIELDS = frozenset(("acc_grads", "ema", "g", "m", "n", "nu_max", "sum_of_squares", "trace", "v", "z"))
 
 
 def slots(state: Any, plan: Plan | None) -> Iterator[Slot]:
@@ -22,7 +24,7 @@ def slots(state: Any, plan: Plan | None) -> Iterator[Slot]:
 
     Args:
       state: a tree of arrays, numbers and, to restore into, ShapeDtypeStructs.
-      plan: how its mu and nu lie; None if they have their parameters' shapes.
+      plan: how mu, nu and what else is in shards lie; None if all have their parameters' shapes.
 
     Raises:
       ValueError: a moment is not laid out as the plan says, or packed on a mesh that is not known.
@@ -62,12 +64,18 @@ def _unplanned(state: Any) -> Iterator[Slot]:
             for slot in slots(x, x.plan):
                 yield dataclasses.replace(slot, names=(*names, *slot.names))
             continue
-        if {"mu", "nu"} & set(names) and _looks_packed(x) and not _has_param(state, keypath, np.shape(x)):
+        if _is_state(keypath, names) and _looks_packed(x) and not _has_param(state, keypath, np.shape(x)):
             raise ValueError(
                 f"`{'/'.join(names)}`: may be packed, and there is no plan to unpack it by; pass the optimizer's own: "
                 "Checkpointer(directory, plan=plan)"
             )
         yield Slot(names=names, like=x)
+
+
+def _is_state(keypath: tuple[Any, ...], names: tuple[str, ...]) -> bool:
+    """Whether a leaf is below a field in which optax keeps a tree like the parameters, or below keys mu or nu."""
+    fields = {k.name for k in keypath if isinstance(k, jax.tree_util.GetAttrKey)}
+    return bool({"mu", "nu"} & set(names) or _FIELDS & fields)
 
 
 def _looks_packed(x: Any) -> bool:
@@ -105,8 +113,8 @@ def plan_of(state: Any, fallback: Plan | None) -> Plan | None:
     if fallback is not None or params is None:
         return fallback
     shapes = {path_name(k): np.shape(x) for k, x in jax.tree_util.tree_flatten_with_path(params)[0]}
-    for path, x in _moments(state):
-        if np.shape(x) != shapes.get(path, np.shape(x)):
+    for path, x in _state_leaves(state, shapes):
+        if np.shape(x) != shapes[path]:
             # Flax's TrainState holds its optimizer, and ours, unless within a chain, tells its plan.
             plan = getattr(getattr(state, "tx", None), "plan_of", lambda params: None)(params)
             if plan is not None:
@@ -135,31 +143,30 @@ def check_names(parts: Sequence[Slot]) -> None:
 
 
 def _plan_tree(state: Any, plan: Plan) -> Any:
-    """The state with each leaf of mu and nu replaced by its `LeafPlan`."""
-    found: list[str] = []
-
-    def leaf_plan(leaf: LeafPlan, _: Any, path: str) -> LeafPlan:
-        found.append(path)
-        return leaf
-
-    tree = map_moments(leaf_plan, state, plan)
-    if found:
-        return tree
+    """The state with each leaf that lies by the plan replaced by its `LeafPlan`."""
+    if any(is_adam(x) for x in jax.tree.leaves(state, is_leaf=is_adam)):
+        return map_planned(lambda leaf, _, path: leaf, state, plan)
 
     # `nnx.state(optimizer)` keeps no ScaleByAdamState, only its keys: .../mu/<the parameter's keypath>.
     def by_name(keypath: tuple[Any, ...], x: Any) -> Any:
         names = ocp.tree.str_keypath(keypath)
         ends = (path_name(keypath[i + 1 :]) for i, name in enumerate(names) if name in ("mu", "nu"))
-        return next((plan.leaves[end] for end in ends if end in plan.leaves), x)
+        found = next((end for end in ends if end in plan.leaves), None) or planned_leaf(keypath, x, plan)
+        return x if found is None else plan.leaves[found]
 
     return jax.tree_util.tree_map_with_path(by_name, state)
 
 
-def _moments(state: Any) -> Iterator[tuple[str, Any]]:
-    """The leaves of mu and nu in a tree, with their parameters' keypaths."""
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, optax.ScaleByAdamState)):
-        for tree in (node.mu, node.nu) if isinstance(node, optax.ScaleByAdamState) else ():
-            yield from ((path_name(k), x) for k, x in jax.tree_util.tree_flatten_with_path(tree)[0])
+def _state_leaves(state: Any, params: Container[str]) -> Iterator[tuple[str, Any]]:
+    """The leaves of mu and nu in a tree, and those elsewhere that may be packed, with their parameters' keypaths."""
+    for keypath, x in jax.tree_util.tree_flatten_with_path(state, is_leaf=is_adam)[0]:
+        if is_adam(x):
+            for tree in (x.mu, x.nu):
+                named = ((path_name(k), leaf) for k, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
+                yield from ((path, leaf) for path, leaf in named if path in params)
+        elif _looks_packed(x):
+            ends = (path_name(keypath[start:]) for start in range(len(keypath)))
+            yield from ((path, x) for path in [next((end for end in ends if end in params), None)] if path is not None)
 
 
 def _mesh(x: Any, leaf: LeafPlan, plan: Plan | None, names: tuple[str, ...]) -> Mesh:
