@@ -127,7 +127,7 @@ class Slot:
             return x
         if self.sharding is not None:
             x = jax.device_put(x, self.sharding)
-            return x if self.packed is not None or _is_offloaded(self.sharding) else _copier(self.sharding)(x)
+            return x if self.packed is not None or is_offloaded(self.sharding) else _copier(self.sharding)(x)
         if is_key(self.dtype):
             return jax.random.wrap_key_data(jnp.array(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
         # Uncommitted, as it was: jit may then use it beside arrays on other devices.
@@ -171,6 +171,11 @@ def _copier(sharding: Sharding) -> Callable[[jax.Array], jax.Array]:
     return jax.jit(jnp.copy, out_shardings=sharding)
 
 
-def _is_offloaded(sharding: Sharding) -> bool:
+def is_offloaded(sharding: Sharding) -> bool:
     """Whether a sharding is on other memory than its devices' own."""
-    return sharding.memory_kind not in (None, next(iter(sharding.device_set)).default_memory().kind)
+    return sharding.memory_kind not in (None, default_memory_kind(sharding))
+
+
+def default_memory_kind(sharding: Sharding) -> str:
+    """The memory that arrays on a sharding's devices live in unless told otherwise."""
+    return next(iter(sharding.device_set)).default_memory().kind
