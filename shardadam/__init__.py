@@ -8,8 +8,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shardadam.assertions import assert_collectives
     from shardadam.checkpoint import Checkpointer
+    from shardadam.estimate import Estimate, estimate_bytes
     from shardadam.gradients import gather, value_and_grad
+    from shardadam.hlo import CollectiveOp, Memory, collectives, memory
     from shardadam.layout import LeafPlan, pack, unpack
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
     from shardadam.plan import Plan, make_plan
@@ -21,16 +24,23 @@ __version__ = "0.1.0"
 
 _HOME = {
     "Checkpointer": "checkpoint",
+    "CollectiveOp": "hlo",
+    "Estimate": "estimate",
     "LeafPlan": "layout",
+    "Memory": "hlo",
     "Plan": "plan",
     "ShardingError": "sharding",
     "TrainState": "train_state",
     "adam": "optimizer",
     "adamw": "optimizer",
+    "assert_collectives": "assertions",
     "audit": "sharding",
+    "collectives": "hlo",
+    "estimate_bytes": "estimate",
     "gather": "gradients",
     "make_plan": "plan",
     "make_train_step": "step",
+    "memory": "hlo",
     "nadam": "optimizer",
     "nadamw": "optimizer",
     "pack": "layout",
@@ -41,16 +51,23 @@ _HOME = {
 
 __all__ = [
     "Checkpointer",
+    "CollectiveOp",
+    "Estimate",
     "LeafPlan",
+    "Memory",
     "Plan",
     "ShardingError",
     "TrainState",
     "adam",
     "adamw",
+    "assert_collectives",
     "audit",
+    "collectives",
+    "estimate_bytes",
     "gather",
     "make_plan",
     "make_train_step",
+    "memory",
     "nadam",
     "nadamw",
     "pack",

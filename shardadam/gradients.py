@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardadam.collectives import Collective, reduce_scatter, tap
+from shardadam.communication import Collective, reduce_scatter, tap
 from shardadam.layout import LeafPlan, canonical_spec, entries, pack
 from shardadam.plan import Plan
 from shardadam.sharding import constrain, map_leaves, only_axes
@@ -99,7 +99,7 @@ def value_and_grad(
       accumulate: "shards" reduces each microbatch's gradient as it comes, and adds shards; "local" adds whole
         gradients, N times the memory of the shards, and reduces once.
       reduce_dtype: the dtype gradients are reduced in; default: their own, or with "local" that of their sum.
-      collective: "joint" or "per_axis", see `shardadam.collectives.reduce_scatter`.
+      collective: "joint" or "per_axis", see `shardadam.communication.reduce_scatter`.
 
     Returns:
       A function of (params, batch, *args) that returns `(loss, grads)`, or `((loss, aux), grads)`: the float32 loss,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
 
-from shardadam.collectives import Collective
+from shardadam.communication import Collective
 from shardadam.gradients import value_and_grad
 from shardadam.layout import LeafPlan, entries
 from shardadam.optimizer import ShardedTransformation
