@@ -163,13 +163,37 @@ def from_process_zero(name: str, value: str, *, timeout_seconds: float = 600) ->
     client = coordination_client()
     if client is None:
         return value
-    with _said_lock:
-        _said[name] = _said.get(name, 0) + 1  # a key of the store is written once
-        key = f"shardadam/{name}/{_said[name]}"
+    key = _next_key(name)
     if jax.process_index() == 0:
         client.key_value_set(key, value)
         return value
     return client.blocking_key_value_get(key, int(timeout_seconds * 1000))
+
+
+def from_every_process(name: str, value: str, *, timeout_seconds: float = 600) -> list[str]:
+    """Each process's value, on all processes. All call it in the same order, and each waits for all others.
+
+    Args:
+      name: what the value is.
+      value: this process's own.
+      timeout_seconds: how long to wait for each of the others.
+
+    Returns:
+      The values, by process index.
+    """
+    client = coordination_client()
+    if client is None:
+        return [value]
+    key = _next_key(name)
+    client.key_value_set(f"{key}/{jax.process_index()}", value)
+    timeout = int(timeout_seconds * 1000)
+    return [client.blocking_key_value_get(f"{key}/{index}", timeout) for index in range(jax.process_count())]
+
+
+def _next_key(name: str) -> str:
+    with _said_lock:
+        _said[name] = _said.get(name, 0) + 1  # a key of the store is written once
+        return f"shardadam/{name}/{_said[name]}"
 
 
 def leave(code: int) -> NoReturn:

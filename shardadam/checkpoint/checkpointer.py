@@ -4,7 +4,10 @@ import contextlib
 import json
 import operator
 import os
+import uuid
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -14,7 +17,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
+from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.shared import acquire_for_all, check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
 from shardadam.plan import Plan
 
@@ -36,8 +41,10 @@ class Checkpointer:
       plan: how mu and nu of the states lie, for states that do not carry their own in `.plan`. Packed moments need
         it: flax's own TrainState, a bare optax state or `nnx.state(optimizer)` do not say how they were packed.
       max_to_keep: older steps than the last so many are deleted once a newer one is committed. None keeps all.
+      run_id: the run's name, for whoever finds the directory locked; default: drawn.
 
     Raises:
+      CheckpointError: the processes of the run do not share the directory.
       ValueError: `max_to_keep` is less than 1.
 
     Example:
@@ -47,7 +54,12 @@ class Checkpointer:
     """
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, plan: Plan | None = None, max_to_keep: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        plan: Plan | None = None,
+        max_to_keep: int | None = None,
+        run_id: str | None = None,
     ) -> None:
         if max_to_keep is not None and max_to_keep < 1:
             raise ValueError(f"max_to_keep: got {max_to_keep}, wanted 1 or more, or None to keep all")
@@ -59,6 +71,23 @@ class Checkpointer:
         self._writer: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._in_flight: int | None = None
         self._closed = False
+        self._lock: WriterLock | None = None  # None: an object store, where nothing can be locked.
+        if "://" not in name:
+            check_shared(Path(self.directory))
+            self._lock = WriterLock(Path(self.directory), run_id or uuid.uuid4().hex[:12])
+            weakref.finalize(self, self._lock.release)  # Also at the interpreter's end.
+
+    def lock(self) -> None:
+        """Takes the directory for this run's writing, as the first `save` does otherwise; until `close`.
+
+        Readers need no lock. With several processes all call this, and process 0 holds it.
+
+        Raises:
+          CheckpointError: another run writes there; the message says who.
+          OSError: the directory cannot be written.
+        """
+        if self._lock is not None:
+            acquire_for_all(self._lock)
 
     def save(self, step: int, state: Any, *, extra: Any = None, wait: bool = False) -> None:
         """Saves a state. Returns when it has been copied off the devices; it may then be donated.
@@ -73,7 +102,8 @@ class Checkpointer:
           wait: return only when the step is committed.
 
         Raises:
-          CheckpointError: the step, or a later one, is there already, or Orbax did not save.
+          CheckpointError: the step, or a later one, is there already, another run writes in the directory, or Orbax
+            did not save.
           TypeError: `extra` is not JSON.
           ValueError: the checkpointer is closed, `step` is negative, or a leaf cannot be saved: packed with no plan,
             laid out otherwise than its plan says, empty, or neither array nor number.
@@ -91,6 +121,7 @@ class Checkpointer:
         parts = list(slots(state, plan_of(state, self._plan)))
         check_names(parts)
         leaves = [slot.to_disk() for slot in parts]
+        self.lock()
         logical = ocp.args.StandardSave(jax.tree.unflatten(jax.tree.structure(state), leaves))
         self._in_flight = step
         with self._surfacing():
@@ -165,10 +196,14 @@ class Checkpointer:
     def close(self) -> None:
         """Waits for the last save, as `wait` does, and frees the writer. Reading goes on to work."""
         self._closed = True
-        self.wait()
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        try:
+            self.wait()
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+                self._writer = None
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self

@@ -89,6 +89,7 @@ def train(config: TrainConfig) -> Result:
             stop_agreement(signals.requested) as stop,
             shardadam.Checkpointer(directory, max_to_keep=config.max_to_keep) as checkpointer,
         ):
+            checkpointer.lock()  # before anything of the run's is written
             state, latest = _begin(config, mesh, corpus, checkpointer, watchdog)
             return _Run(config, corpus, checkpointer, watchdog, stop, saved=latest).to_the_end(state)
 

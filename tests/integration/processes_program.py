@@ -4,18 +4,23 @@
 all results, gathered, to OUT.
 """
 
+import socket
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import PartitionSpec as P
 from trees import by_path, random_tree
 
 import shardadam
 from shardadam import runtime
+from shardadam.checkpoint import CheckpointError
+from shardadam.checkpoint.shared import check_shared
 from shardadam.sharding import named_sharding
 
 SHAPES = {"kernel": (64, 48), "odd": (17, 257), "bias": (1300,), "tiny": (7,)}  # natural, packed, packed, whole
@@ -103,11 +108,26 @@ def results(mesh, read, write):
     return by_path(on_host(everything, mesh))
 
 
+def one_directory_one_writer(directory):
+    """A directory that is not shared, and one that another run holds, are told to every process."""
+    apart = Path(f"{directory}-{jax.process_index()}")
+    apart.mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        check_shared(apart, seconds=0.5)
+    assert f"process 1 (host {socket.gethostname()}, {directory}-1)" in str(caught.value)
+    check_shared(Path(directory))
+    with shardadam.Checkpointer(directory) as first, shardadam.Checkpointer(directory) as second:
+        first.lock()
+        with pytest.raises(CheckpointError, match="another Checkpointer of this process writes there"):
+            second.lock()
+
+
 if __name__ == "__main__":
     out, read, write = sys.argv[1:]
     num_processes = runtime.initialize(heartbeat_seconds=30)
     assert num_processes == jax.process_count() > 1
     found = results(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), read, write)
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
+    one_directory_one_writer(write)
     if jax.process_index() == 0:
         np.savez(out, **found)
