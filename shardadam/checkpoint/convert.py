@@ -142,14 +142,14 @@ def _nested(tree: Any, parts: Parts, to: str | None, *, given: bool = False) -> 
     if to is not None and to not in FORMS:
         raise ValueError(f"to: got {to!r}, wanted one of {', '.join(FORMS)}")
     form = to or parts.form
-    if form != parts.form or given:
-        step = parts.step if parts.step is None else number(parts.step)
-        tree = put_together(parts._replace(step=np.asarray(step or 0, np.uint32) if form == "nnx" else step), form)
+    if form != parts.form or given or (to == "train_state" and parts.step is None):
+        step = _step_of(parts)
+        tree = put_together(parts._replace(step=np.asarray(step, np.uint32) if form == "nnx" else step), form)
     return jax.tree.map(lambda leaf: number(leaf) if isinstance(leaf, Leaf) and leaf.python else leaf, tree), form
 
 
 def _step_of(parts: Parts) -> int:
-    """The step that a state is at, by itself: TrainState's, else the sum of nothing but Adam's own count."""
+    """The step that a state is at: its own, else as many as Adam has counted; 0 if nothing tells."""
     if parts.step is not None:
         return int(number(parts.step))
     counts = [leaf for names, leaf in leaves(parts.opt_state).items() if names[-1] == "count"]
@@ -181,8 +181,8 @@ def _casting(reader: Reader, dtype: np.dtype) -> Reader:
             y, overflows, largest = _cast(x, dtype)
             if int(overflows):
                 raise CheckpointError(
-                    f"`{leaf.path}`: {int(overflows)} finite numbers, the largest {float(largest):.4g}, are infinite in "
-                    f"{dtype}, which ends at {float(jnp.finfo(dtype).max):.4g}; export in a wider dtype"
+                    f"`{leaf.path}`: {int(overflows)} finite numbers, the largest {float(largest):.4g}, are infinite "
+                    f"in {dtype}, which ends at {float(jnp.finfo(dtype).max):.4g}; export in a wider dtype"
                 )
             yield y
 

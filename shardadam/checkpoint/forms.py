@@ -63,7 +63,7 @@ def take_apart(tree: Any, params: str | None = None, opt_state: str | None = Non
 
 
 def put_together(parts: Parts, form: str) -> Any:
-    """The tree of a state in a form; `step` is a Python number, as it restores into any dtype. See `take_apart`.
+    """The tree of a state in a form. Inverse of `take_apart`, but that `step` must be a number in another form.
 
     Raises:
       CheckpointError: the form needs what the state has not, or has no place for what it has.
@@ -72,15 +72,15 @@ def put_together(parts: Parts, form: str) -> Any:
         raise CheckpointError(f"{parts.described()}: has no parameters, and the form {form} needs them")
     if parts.opt_state is None and form != "params":
         raise CheckpointError(f"{parts.described()}: has no optimizer state, and the form {form} needs one")
-    if parts.rest and form == "nnx":
-        raise CheckpointError(f"the form nnx has no place for {sorted(parts.rest)}; leave them out: --drop KEY")
+    if parts.rest and form in ("train_state", "nnx") and form != parts.form:
+        raise CheckpointError(f"the form {form} has no place for {sorted(parts.rest)}; leave them out: --drop KEY")
     if form == "params":
         return parts.params
     if form == "opt_state":
         return parts.opt_state
     if form == "train_state":
-        return {"step": parts.step or 0, "params": parts.params, "opt_state": parts.opt_state, **parts.rest}
-    optimizer = {"step": {"value": parts.step or 0}, "opt_state": _to_nnx(parts.opt_state)}
+        return {"step": parts.step, "params": parts.params, "opt_state": parts.opt_state, **parts.rest}
+    optimizer = {"step": {"value": parts.step}, "opt_state": _to_nnx(parts.opt_state)}
     return optimizer if parts.params is None else {"model": _to_nnx(parts.params), "optimizer": optimizer}
 
 

@@ -1,4 +1,4 @@
-"""Finds the trees in a directory that plain Orbax, Flax or shardadam wrote: a tree, a step with items, or many steps."""
+"""Finds the trees in a directory that plain Orbax, Flax or shardadam wrote: a tree, a step with items, many steps."""
 
 from typing import Any, NamedTuple
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.metadata import ScalarMetadata, StringMetadata
 
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, split_sharding
@@ -144,7 +145,9 @@ def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array]:
         leaf = wanted.get(ocp.tree.str_keypath(keypath))
         if leaf is None:
             return ocp.PLACEHOLDER
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split_sharding(leaf.shape, mesh))
+        # Not uint32, which may be the data of PRNG keys: their last dim must stay whole.
+        split = NamedSharding(mesh, P()) if leaf.dtype == np.uint32 else split_sharding(leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
 
     targets = jax.tree_util.tree_map_with_path(target, _metadata(item), is_leaf=_is_saved)
     args = ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
