@@ -1,6 +1,7 @@
 """Save and resume: an adapter over Orbax that keeps logical shapes on disk, whatever the layout in memory."""
 
 from shardadam.checkpoint.checkpointer import Checkpointer
+from shardadam.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
 from shardadam.checkpoint.match import CheckpointError
 
-__all__ = ["CheckpointError", "Checkpointer"]
+__all__ = ["CheckpointError", "Checkpointer", "Converted", "export_checkpoint", "import_checkpoint"]

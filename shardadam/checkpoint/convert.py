@@ -1,0 +1,206 @@
+"""From a checkpoint of optax's, Flax's or nnx's state to shardadam's and back, leaf by leaf."""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from shardadam.checkpoint import reading
+from shardadam.checkpoint.forms import FORMS, Parts, leaves, put_together, take_apart, without
+from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.source import Source, find
+from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, handler, number, read, write
+
+
+class Converted(NamedTuple):
+    """What a conversion found and wrote.
+
+    Attributes:
+      source: where the state was found.
+      found: its form and optimizer.
+      form: the form that was written.
+      path: where.
+      step: the step's number.
+      num_leaves: how many arrays and numbers.
+      nbytes: of the arrays, as they were read.
+    """
+
+    source: str
+    found: str
+    form: str
+    path: str
+    step: int
+    num_leaves: int
+    nbytes: int
+
+
+def import_checkpoint(
+    source: str | os.PathLike[str],
+    directory: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    to: str | None = None,
+    params: str | None = None,
+    opt_state: str | None = None,
+    optimizer: str = "adam",
+    drop: Sequence[str] = (),
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Converted:
+    """Makes a checkpoint of optax's Adam state into one that `Checkpointer(directory).restore` takes, on any mesh.
+
+    Nothing is changed but names: every array has the bits, shape and dtype that it had.
+
+    Args:
+      source: what plain Orbax, Flax or `nnx.state` saved: a tree, a step with items, or a directory of steps.
+      directory: of the `Checkpointer`.
+      step: which step of a directory of steps; default: the latest.
+      to: the form to write: `train_state`, `opt_state`, `nnx` or `params`; default: the form that was found.
+      params: the keypath of the parameters, where the form is not known; `opt_state` likewise.
+      opt_state: the keypath of optax's state.
+      optimizer: what an nnx optimizer was made of: adam, adamw, nadam or nadamw. Where its learning rate is a number,
+        nnx does not save how many states follow Adam's.
+      drop: keypaths to leave out.
+      chunk_bytes: how much is in memory at once, or one leaf that is larger.
+
+    Returns:
+      What was found and written.
+
+    Raises:
+      CheckpointError: the form is not known (its tree is shown), or has no place for what was found.
+      FileNotFoundError: there is nothing at `source`.
+
+    Example:
+      >>> import_checkpoint("old/checkpoints", "runs/a/checkpoints", to="train_state")
+    """
+    found = find(_path(source), step)
+    parts = take_apart(without(found.tree, drop), params, opt_state, optimizer)
+    tree, form = _nested(without(found.tree, drop), parts, to, given=params is not None or opt_state is not None)
+    at = found.step if found.step is not None else _step_of(parts)
+    target = _path(directory)
+    _save_step(target, at, tree, functools.partial(read, chunk_bytes=chunk_bytes))
+    return _converted(found, parts, form, target / str(at), at, tree)
+
+
+def export_checkpoint(
+    source: str | os.PathLike[str],
+    path: str | os.PathLike[str],
+    *,
+    step: int | None = None,
+    to: str | None = None,
+    dtype: Any = None,
+    optimizer: str = "adam",
+    drop: Sequence[str] = (),
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Converted:
+    """Writes a step of a `Checkpointer` as a plain Orbax tree, which `ocp.StandardCheckpointer` restores into optax,
+    Flax or nnx without shardadam. Inverse of `import_checkpoint`.
+
+    Args:
+      source: the `Checkpointer`'s directory, or that of one step.
+      path: the directory to make.
+      step: which step; default: the latest.
+      to: the form to write, see `import_checkpoint`; `params` for the parameters alone.
+      dtype: of the parameters, for serving; only with `to="params"`. Integers keep theirs.
+      optimizer: see `import_checkpoint`.
+      drop: keypaths to leave out.
+      chunk_bytes: how much is in memory at once, or one leaf that is larger.
+
+    Returns:
+      What was found and written.
+
+    Raises:
+      CheckpointError: the form has no place for what was found, or a finite number is infinite in `dtype`.
+      FileExistsError: there is something at `path`.
+      FileNotFoundError: there is no such step.
+      ValueError: `dtype` without `to="params"`.
+
+    Example:
+      >>> export_checkpoint("runs/a/checkpoints", "serving/a", to="params", dtype="bfloat16")
+    """
+    if dtype is not None and to != "params":
+        raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
+    target = _path(path)
+    if target.exists():
+        raise FileExistsError(f"{target}: is there already; give a directory that is not")
+    found = find(_path(source), step)
+    tree = without(found.tree, drop)
+    parts = take_apart(tree, optimizer=optimizer)
+    tree, form = _nested(tree, parts, to)
+    reader: Reader = functools.partial(read, chunk_bytes=chunk_bytes)
+    write(target, tree, reader if dtype is None else _casting(reader, jnp.dtype(dtype)))
+    return _converted(found, parts, form, target, found.step or 0, tree)
+
+
+def _nested(tree: Any, parts: Parts, to: str | None, *, given: bool = False) -> tuple[Any, str]:
+    """The tree in the form that is wanted, with what were Python numbers as such."""
+    if to is not None and to not in FORMS:
+        raise ValueError(f"to: got {to!r}, wanted one of {', '.join(FORMS)}")
+    form = to or parts.form
+    if form != parts.form or given or (to == "train_state" and parts.step is None):
+        step = _step_of(parts)
+        tree = put_together(parts._replace(step=np.asarray(step, np.uint32) if form == "nnx" else step), form)
+    return jax.tree.map(lambda leaf: number(leaf) if isinstance(leaf, Leaf) and leaf.python else leaf, tree), form
+
+
+def _step_of(parts: Parts) -> int:
+    """The step that a state is at: its own, else as many as Adam has counted; 0 if nothing tells."""
+    if parts.step is not None:
+        return int(number(parts.step))
+    counts = [leaf for names, leaf in leaves(parts.opt_state).items() if names[-1] == "count"]
+    return max((int(number(leaf)) for leaf in counts if not leaf.shape), default=0)
+
+
+def _save_step(directory: epath.Path, step: int, tree: Any, reader: Reader) -> None:
+    steps = reading.committed_steps(directory)
+    if steps and step <= steps[-1]:
+        raise CheckpointError(f"step {step}: {directory} holds step {steps[-1]} already; import into another directory")
+    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
+    handlers = {reading.STATE: handler(reader)}
+    with ocp.CheckpointManager(directory, item_handlers=handlers, options=options) as manager:
+        manager.save(step, args=ocp.args.Composite(**{reading.STATE: ocp.args.PyTreeSave(tree)}))
+
+
+def _casting(reader: Reader, dtype: np.dtype) -> Reader:
+    """A reader whose floating arrays are cast.
+
+    Raises:
+      CheckpointError: naming the leaf with a finite number that becomes infinite.
+    """
+
+    def cast(wanted: Sequence[Leaf]) -> Iterator[jax.Array]:
+        for leaf, x in zip(wanted, reader(wanted), strict=True):
+            if not jnp.issubdtype(x.dtype, jnp.inexact):
+                yield x
+                continue
+            y, overflows, largest = _cast(x, dtype)
+            if int(overflows):
+                raise CheckpointError(
+                    f"`{leaf.path}`: {int(overflows)} finite numbers, the largest {float(largest):.4g}, are infinite "
+                    f"in {dtype}, which ends at {float(jnp.finfo(dtype).max):.4g}; export in a wider dtype"
+                )
+            yield y
+
+    return cast
+
+
+@functools.partial(jax.jit, static_argnames="dtype")
+def _cast(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
+    y, finite = x.astype(dtype), jnp.isfinite(x)
+    return y, jnp.sum(finite & ~jnp.isfinite(y)), jnp.max(jnp.where(finite, jnp.abs(x), 0), initial=0)
+
+
+def _converted(source: Source, parts: Parts, form: str, path: epath.Path, step: int, tree: Any) -> Converted:
+    written = leaves(tree).values()
+    nbytes = sum(leaf.nbytes for leaf in written if isinstance(leaf, Leaf))
+    return Converted(source.kind, parts.described(), form, os.fspath(path), step, len(written), nbytes)
+
+
+def _path(name: str | os.PathLike[str]) -> epath.Path:
+    text = os.fspath(name)
+    return epath.Path(text if "://" in text else os.path.abspath(text))

@@ -1,0 +1,189 @@
+"""Reads and writes trees that need not fit into memory: a chunk of leaves at a time, split over all devices."""
+
+import asyncio
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from orbax.checkpoint.metadata import ScalarMetadata, StringMetadata
+
+from shardadam.checkpoint.logical import PYTHON_NUMBERS, split_sharding
+from shardadam.checkpoint.match import CheckpointError
+
+CHUNK_BYTES = 256 * 2**20  # Read together, so that many small leaves do not cost a reading of the metadata each.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Leaf:
+    """One array or number on disk, not loaded.
+
+    Attributes:
+      item: the directory of the tree that it belongs to.
+      names: its keypath in that tree.
+      shape: its logical shape.
+      dtype: its dtype on disk; of a typed PRNG key, that of its data.
+      python: whether a Python number was saved.
+    """
+
+    item: epath.Path
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    python: bool = False
+
+    @property
+    def path(self) -> str:
+        """The keypath for people."""
+        return "/".join(self.names)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+Reader = Callable[[Sequence[Leaf]], Iterator[jax.Array]]
+
+
+def item_tree(item: epath.Path) -> Any:
+    """The tree of an Orbax checkpoint with a `Leaf` for each array; dicts, lists for tuples, None for empty states.
+
+    Raises:
+      CheckpointError: it holds a string, which no optimizer's state has.
+    """
+
+    def leaf(keypath: tuple[Any, ...], saved: Any) -> Leaf:
+        names = ocp.tree.str_keypath(keypath)
+        if isinstance(saved, StringMetadata):
+            raise CheckpointError(f"{item}: `{'/'.join(names)}`: got a string, and only arrays and numbers are states")
+        python = isinstance(saved, ScalarMetadata)
+        return Leaf(item=item, names=names, shape=tuple(saved.shape), dtype=np.dtype(saved.dtype), python=python)
+
+    return jax.tree_util.tree_map_with_path(leaf, _metadata(item), is_leaf=_is_saved)
+
+
+def read(leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES) -> Iterator[jax.Array]:
+    """The arrays of leaves, in their order, each split over all devices as far as its dims divide.
+
+    Args:
+      leaves: of one or several items.
+      chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
+    """
+    mesh = Mesh(np.array(jax.devices()), ("all",))
+    for chunk in _chunks(leaves, chunk_bytes):
+        arrays = _load(chunk, mesh)
+        arrays.reverse()
+        while arrays:  # Popped, so that an array goes when its consumer is done with it.
+            yield arrays.pop()
+
+
+def write(item: epath.Path, tree: Any, reader: Reader = read) -> None:
+    """Writes a tree of `Leaf`s and Python numbers as a plain Orbax checkpoint; one array at a time is in memory.
+
+    Args:
+      item: the directory to make. If writing fails, nothing is left of it.
+      tree: nested dicts and lists.
+      reader: gives the arrays to write for the leaves, which it is given in one call. Inverse of `item_tree`.
+    """
+    try:
+        with ocp.Checkpointer(handler(reader)) as writer:
+            writer.save(item, args=ocp.args.PyTreeSave(tree))
+    except BaseException:
+        if jax.process_index() == 0:
+            for left in item.parent.glob(f"{item.name}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+        raise
+
+
+def handler(reader: Reader) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of trees, which also takes `Leaf`s and writes what `reader` reads for them."""
+    of = ocp.type_handlers.get_type_handler
+    standard = [(kind, of(kind)) for kind in (int, float, np.number, np.ndarray, jax.Array)]
+    registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler(reader)), *standard)
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+
+
+class _LeafHandler(ocp.type_handlers.TypeHandler):
+    """Writes leaves as jax.Arrays, by the handler that Orbax has for those, one after the other."""
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._arrays = ocp.type_handlers.get_type_handler(jax.Array)
+
+    def typestr(self) -> str:
+        return self._arrays.typestr()
+
+    async def serialize(self, values: Sequence[Leaf], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        arrays = self._reader(values)
+        for info, arg in zip(infos, args or [ocp.SaveArgs()] * len(infos), strict=True):
+            # In a thread: reading starts Orbax's own event loop, which cannot run within this one.
+            array = await asyncio.to_thread(next, arrays)
+            for committing in await self._arrays.serialize([array], [info], [arg]):
+                await asyncio.to_thread(committing.result)
+            del array, committing
+        return []
+
+    async def metadata(self, infos: Sequence[Any]) -> Sequence[Any]:
+        return await self._arrays.metadata(infos)
+
+    async def deserialize(self, infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+        return await self._arrays.deserialize(infos, args)
+
+
+def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array]:
+    """The arrays of leaves of one item."""
+    item, wanted = chunk[0].item, {leaf.names: leaf for leaf in chunk}
+
+    def target(keypath: tuple[Any, ...], _: Any) -> Any:
+        leaf = wanted.get(ocp.tree.str_keypath(keypath))
+        if leaf is None:
+            return ocp.PLACEHOLDER
+        # Not uint32, which may be the data of PRNG keys: their last dim must stay whole.
+        split = NamedSharding(mesh, P()) if leaf.dtype == np.uint32 else split_sharding(leaf.shape, mesh)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
+
+    targets = jax.tree_util.tree_map_with_path(target, _metadata(item), is_leaf=_is_saved)
+    args = ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
+    found = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(item, args=args))
+    return [found[leaf.names] for leaf in chunk]
+
+
+def number(leaf: Leaf) -> int | float:
+    """The value of a leaf that holds one number.
+
+    Raises:
+      CheckpointError: it does not.
+    """
+    if leaf.shape:
+        raise CheckpointError(f"`{leaf.path}`: got shape {leaf.shape}, wanted one number")
+    (value,) = read([leaf])
+    found = np.asarray(value.addressable_data(0)).item()
+    assert isinstance(found, PYTHON_NUMBERS)
+    return found
+
+
+def _chunks(leaves: Iterable[Leaf], chunk_bytes: int) -> Iterator[list[Leaf]]:
+    """Consecutive leaves of one item."""
+    chunk: list[Leaf] = []
+    for leaf in leaves:
+        if chunk and (leaf.item != chunk[0].item or sum(x.nbytes for x in chunk) + leaf.nbytes > chunk_bytes):
+            yield chunk
+            chunk = []
+        chunk.append(leaf)
+    if chunk:
+        yield chunk
+
+
+def _metadata(item: epath.Path) -> Any:
+    return ocp.PyTreeCheckpointHandler().metadata(item).tree
+
+
+def _is_saved(x: Any) -> bool:
+    return hasattr(x, "shape") or isinstance(x, StringMetadata)
