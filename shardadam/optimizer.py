@@ -17,19 +17,8 @@ from shardadam.moments import Hyperparams, Step, bias_corrections, safe_incremen
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan, is_none, path_name
 from shardadam.sharding import check_context, constrain, map_leaves, sharded_zeros
+from shardadam.transformation import ShardedTransformation, transformation
 from shardadam.update import check_shapes, update_on_mesh
-
-
-class ShardedTransformation(optax.GradientTransformationExtraArgs):
-    """An optax transformation whose state lives in shards.
-
-    `update` takes two keywords more than optax's, with which `shardadam.TrainState` adds the updates on the shards.
-    `shards_of` is the Plan in whose layout grads and params already are, and the updates shall stay. With
-    `packed=False` that holds for its natural and whole leaves only, and packed ones have their parameter's shape.
-    """
-
-    plan_of: Callable[..., Plan | None] = staticmethod(lambda *_, **__: None)
-    """params -> the plan of their state; None where there is no mesh, or (after `_replace`) where it is not known."""
 
 
 def scale_by_adam(
@@ -92,7 +81,7 @@ def scale_by_adam(
             steps = update_on_mesh(grads, mu, nu, count, hyperparams, leaves, sharded, on.mesh, nesterov)
         return rebuild(0, steps), optax.ScaleByAdamState(count=count, mu=rebuild(1, steps), nu=rebuild(2, steps))
 
-    return _transformation(init_fn, update_fn, plan_of)
+    return transformation(init_fn, update_fn, plan_of)
 
 
 def adam(
@@ -203,7 +192,7 @@ def adamw(
         decay = optax.add_decayed_weights(weight_decay, mask(shaped))
         return optax.chain(first, decay, rest).update(updates, state, params, shards_of=shards_of, **extra)
 
-    return _transformation(masked.init, update_fn, first.plan_of)
+    return transformation(masked.init, update_fn, first.plan_of)
 
 
 nadam = functools.partial(adam, nesterov=True)
@@ -211,12 +200,6 @@ nadam.__doc__ = "`adam` with Nesterov momentum, as `optax.nadam` (Dozat 2016)."
 
 nadamw = functools.partial(adamw, nesterov=True)
 nadamw.__doc__ = "`adamw` with Nesterov momentum, as `optax.nadamw` (Dozat 2016)."
-
-
-def _transformation(init: Any, update: Any, plan_of: Callable[..., Plan | None]) -> ShardedTransformation:
-    tx = ShardedTransformation(init, update)
-    tx.plan_of = plan_of
-    return tx
 
 
 def _with_gradients(
@@ -250,7 +233,7 @@ def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) ->
         on = _sharded(first.plan_of(params, quiet=True))
         return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
 
-    return _transformation(init_fn, chain.update, first.plan_of)
+    return transformation(init_fn, chain.update, first.plan_of)
 
 
 def _sharded(plan: Plan | None) -> Plan | None:

@@ -14,9 +14,9 @@ from jax.sharding import PartitionSpec as P
 from shardadam.communication import Collective
 from shardadam.gradients import value_and_grad
 from shardadam.layout import LeafPlan, entries
-from shardadam.optimizer import ShardedTransformation
 from shardadam.plan import Plan
 from shardadam.sharding import check_context, constrain, map_leaves, pack_leaf, unpack_leaf
+from shardadam.transformation import ShardedTransformation
 
 
 class Applied(NamedTuple):

@@ -14,11 +14,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LeafPlan
-from shardadam.optimizer import ShardedTransformation
 from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
 from shardadam.sharding import audit, constrain, map_leaves, named_sharding, state_shardings
 from shardadam.step import apply_on_shards
+from shardadam.transformation import ShardedTransformation
 
 
 class TrainState(train_state.TrainState):

@@ -1,4 +1,4 @@
-"""A digest of every leaf by its bits, name and global positions: the same for every sharding, layout and device count."""
+"""A digest of every leaf by its bits, name and global positions: the same for every sharding, layout and mesh."""
 
 import functools
 import hashlib
@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
 from shardadam.layout import LANES, entries
 
-# Odd constants of known integer hashes (Weyl's step, murmur3, xxhash32). They are part of the format: see FORMAT in seal.py.
+# Odd constants of known integer hashes (Weyl's step, murmur3, xxhash32). They are part of the format of a seal.
 _WEYL_LOW, _WEYL_HIGH, _WORD = 0x9E3779B1, 0x85EBCA77, 0x165667B1
 _MIX_1, _MIX_2, _SECOND_LOW, _SECOND_MIX = 0x85EBCA6B, 0xC2B2AE35, 0xC2B2AE3D, 0x27D4EB2F
 _WORD_COUNTS = 2**32  # Positions that one word tells apart.
@@ -87,7 +87,7 @@ def host_digest(x: np.ndarray | Any, path: str) -> Digest:
 
 
 def leaf_seed(path: str, shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Two uint32 that key a leaf's digest: leaves of another name, shape or dtype have other digests for the same bits."""
+    """Two uint32 that key a leaf's digest: with another name, shape or dtype, the same bits have another one."""
     text = f"{path}\0{','.join(map(str, shape))}\0{np.dtype(dtype).name}"
     return np.frombuffer(hashlib.sha256(text.encode()).digest()[:8], "<u4").astype(np.uint32)
 

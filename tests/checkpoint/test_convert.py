@@ -267,7 +267,7 @@ class TestRefused:
         with pytest.raises(CheckpointError, match="wanted an Orbax checkpoint"):
             import_checkpoint(tmp_path / "empty", tmp_path / "ours")
         import_checkpoint(tmp_path / "adam", tmp_path / "ours")
-        with pytest.raises(CheckpointError, match="step 0: .* holds step 0 already"):
+        with pytest.raises(CheckpointError, match=r"step 0: .* holds step 0 already"):
             import_checkpoint(tmp_path / "adam", tmp_path / "ours")
         with pytest.raises(FileExistsError, match="is there already"):
             export_checkpoint(tmp_path / "ours", tmp_path / "adam")

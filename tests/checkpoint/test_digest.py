@@ -150,7 +150,9 @@ def test_chunks_of_two_leaves_swapped_change_both(data_mesh):
     mu, nu = (bits_of((64, 8), "float32", seed) for seed in (1, 2))
     swapped = [np.concatenate([a[:32], b[32:]]) for a, b in ((mu, nu), (nu, mu))]
     placed = [jax.device_put(x, NamedSharding(data_mesh, P("data"))) for x in (mu, nu, *swapped)]
-    good, bad = ([one(x, name) for x, name in zip(pair, ("mu", "nu"))] for pair in (placed[:2], placed[2:]))
+    good, bad = (
+        [one(x, name) for x, name in zip(pair, ("mu", "nu"), strict=True)] for pair in (placed[:2], placed[2:])
+    )
     assert not {d.text for d in good} & {d.text for d in bad}
     assert good == [host_digest(mu, "mu"), host_digest(nu, "nu")]
 
