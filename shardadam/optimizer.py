@@ -17,8 +17,8 @@ from shardadam.moments import Hyperparams, Step, bias_corrections, safe_incremen
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan, is_none, path_name
 from shardadam.sharding import check_context, constrain, map_leaves, sharded_zeros
-from shardadam.transformation import ShardedTransformation, transformation
-from shardadam.update import check_shapes, update_on_mesh
+from shardadam.transformation import ShardedTransformation, select, transformation
+from shardadam.update import check_shapes, keep_step, update_on_mesh
 
 
 def scale_by_adam(
@@ -57,6 +57,7 @@ def scale_by_adam(
         *,
         shards_of: Plan | None = None,
         packed: bool = True,
+        keep: jax.Array | None = None,
         **extra: Any,
     ) -> tuple[Any, optax.ScaleByAdamState]:
         del extra
@@ -73,15 +74,19 @@ def scale_by_adam(
         if on is None:
             corrections = bias_corrections(count, hyperparams)
             rows = zip(grads, mu, nu, strict=True)
-            steps = [update_leaf(*row, hyperparams, corrections, nesterov=nesterov) for row in rows]
+            steps = [
+                keep_step(keep, update_leaf(*row, hyperparams, corrections, nesterov=nesterov), *row[1:])
+                for row in rows
+            ]
         else:
             leaves = tuple(on.leaf(path) for path in paths)
             sharded = tuple(shards_of is not None and (packed or leaf.layout != "packed") for leaf in leaves)
             check_shapes(paths, leaves, sharded, grads, mu, nu)
-            steps = update_on_mesh(grads, mu, nu, count, hyperparams, leaves, sharded, on.mesh, nesterov)
+            steps = update_on_mesh(grads, mu, nu, count, keep, hyperparams, leaves, sharded, on.mesh, nesterov)
+        count = select(keep, count, state.count)
         return rebuild(0, steps), optax.ScaleByAdamState(count=count, mu=rebuild(1, steps), nu=rebuild(2, steps))
 
-    return transformation(init_fn, update_fn, plan_of)
+    return transformation(init_fn, update_fn, plan_of, takes_keep=True)
 
 
 def adam(
@@ -139,7 +144,7 @@ def adam(
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019 (arXiv 1910.02054).
     """
     first = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, mesh=mesh, axis_name=axis_name, plan=plan)
-    return _chain(first, optax.scale_by_learning_rate(learning_rate))
+    return _chain(learning_rate, first, optax.scale_by_learning_rate(learning_rate))
 
 
 def adamw(
@@ -180,7 +185,7 @@ def adamw(
     """
     first = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, nesterov=nesterov, mesh=mesh, axis_name=axis_name, plan=plan)
     rest = optax.scale_by_learning_rate(learning_rate)
-    masked = _chain(first, optax.add_decayed_weights(weight_decay, mask), rest)
+    masked = _chain(learning_rate, first, optax.add_decayed_weights(weight_decay, mask), rest)
     if not callable(mask):
         return masked
 
@@ -190,9 +195,10 @@ def adamw(
         # A mask may go by the shape of a parameter: it is asked about that, not about the packed array.
         shaped = jax.tree_util.tree_map_with_path(lambda k, _: _abstract(shards_of.leaf(path_name(k))), params)
         decay = optax.add_decayed_weights(weight_decay, mask(shaped))
-        return optax.chain(first, decay, rest).update(updates, state, params, shards_of=shards_of, **extra)
+        chain = _chain(learning_rate, first, decay, rest)
+        return chain.update(updates, state, params, shards_of=shards_of, **extra)
 
-    return transformation(masked.init, update_fn, first.plan_of)
+    return transformation(masked.init, update_fn, first.plan_of, learning_rate=learning_rate, takes_keep=True)
 
 
 nadam = functools.partial(adam, nesterov=True)
@@ -224,7 +230,9 @@ def _with_gradients(
     return paths, grads, mu, nu, rebuild
 
 
-def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) -> ShardedTransformation:
+def _chain(
+    learning_rate: optax.ScalarOrSchedule, first: ShardedTransformation, *rest: optax.GradientTransformation
+) -> ShardedTransformation:
     """`optax.chain` whose counters start on the mesh as well, so that the second step compiles nothing anew."""
     chain = optax.chain(first, *rest)
 
@@ -233,7 +241,12 @@ def _chain(first: ShardedTransformation, *rest: optax.GradientTransformation) ->
         on = _sharded(first.plan_of(params, quiet=True))
         return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
 
-    return transformation(init_fn, chain.update, first.plan_of)
+    def update_fn(updates: Any, state: Any, params: Any = None, *, keep: jax.Array | None = None, **extra: Any) -> Any:
+        updates, new_state = chain.update(updates, state, params, keep=keep, **extra)
+        # What comes after Adam has counters, and may make an update of its zeros, as weight decay does.
+        return select(keep, updates, 0), (new_state[0], *select(keep, new_state[1:], state[1:]))
+
+    return transformation(init_fn, update_fn, first.plan_of, learning_rate=learning_rate, takes_keep=True)
 
 
 def _sharded(plan: Plan | None) -> Plan | None:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from shardadam.layout import LANES, LeafPlan
 from shardadam.moments import Hyperparams, Step, bias_corrections, update_leaf
 from shardadam.sharding import constrain, pack_leaf, unpack_leaf
+from shardadam.transformation import select
 
 
 def check_shapes(
@@ -39,6 +40,7 @@ def update_on_mesh(
     mu: list[jax.Array],
     nu: list[jax.Array],
     count: jax.Array,
+    keep: jax.Array | None,
     hyperparams: Hyperparams,
     leaves: tuple[LeafPlan, ...],
     sharded: tuple[bool, ...],
@@ -55,7 +57,7 @@ def update_on_mesh(
     static = tuple(h if isinstance(h, int | float) else None for h in hyperparams)
     arrays = tuple(None if isinstance(h, int | float) else jnp.asarray(h) for h in hyperparams)
     options = _Options(static, leaves, sharded, mesh, nesterov)
-    return _kernel(grads, mu, nu, count, arrays, options=options)
+    return _kernel(grads, mu, nu, count, keep, arrays, options=options)
 
 
 class _Options(NamedTuple):
@@ -69,7 +71,7 @@ class _Options(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="options", inline=True)
-def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _Options) -> list[Step]:
+def _kernel(grads: Any, mu: Any, nu: Any, count: Any, keep: Any, arrays: Any, *, options: _Options) -> list[Step]:
     """Gradients to the state's layout, Adam on each device's shards, the updates back to the parameters' own specs."""
     _, leaves, sharded, mesh, nesterov = options
 
@@ -79,14 +81,14 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
     def place(xs: Any) -> list[jax.Array]:
         return each(lambda x, leaf: constrain(x, mesh, leaf.state_spec), xs, leaves)
 
-    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any) -> list[tuple[jax.Array, ...]]:
+    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, keep: Any, arrays: Any) -> list[tuple[jax.Array, ...]]:
         given = zip(options.hyperparams, arrays, strict=True)
         hyperparams = Hyperparams(*(array if scalar is None else scalar for scalar, array in given))
         corrections = bias_corrections(count, hyperparams)
 
         def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
             own = _defined_on_padding(hyperparams, leaf, v)
-            return tuple(update_leaf(g, m, v, own, corrections, nesterov=nesterov))
+            return tuple(keep_step(keep, update_leaf(g, m, v, own, corrections, nesterov=nesterov), m, v))
 
         return each(one, leaves, grads, mu, nu)
 
@@ -94,7 +96,7 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
         return _as_value(constrain(g, mesh, leaf.state_spec) if in_shards else pack_leaf(g, leaf, mesh), leaf)
 
     grads = each(own_shard, grads, leaves, sharded)
-    scalars = jax.tree.map(lambda x: constrain(x, mesh, P()), (count, arrays))
+    scalars = jax.tree.map(lambda x: constrain(x, mesh, P()), (count, keep, arrays))
     specs = [leaf.state_spec for leaf in leaves]
     # Manual axes: XLA sees the very program of one device, and so rounds and fuses as it does there.
     steps = jax.shard_map(
@@ -110,6 +112,11 @@ def _kernel(grads: Any, mu: Any, nu: Any, count: Any, arrays: Any, *, options: _
         return Step(u, *(constrain(x, mesh, leaf.state_spec) for x in moments))
 
     return each(pin, steps, leaves, sharded)
+
+
+def keep_step(keep: jax.Array | None, step: Step, mu: jax.Array, nu: jax.Array) -> Step:
+    """The step where `keep` is True or None; where it is False no update, and the moments as they were."""
+    return Step(select(keep, step.update, 0), select(keep, step.mu, mu), select(keep, step.nu, nu))
 
 
 def _as_value(g: jax.Array, leaf: LeafPlan) -> jax.Array:

@@ -286,6 +286,33 @@ def test_schedules_counters_and_array_hyperparameters(data_mesh):
         assert step._cache_size() == 1
 
 
+@pytest.mark.parametrize("name", ["adam", "adamw"])
+def test_a_step_that_is_not_kept_changes_nothing_and_one_that_is_keeps_the_bits(name, data_mesh):
+    params, grads = random_tree(0), random_tree(1)
+    plan = shardadam.make_plan(params, data_mesh, min_size=0)
+    rate = optax.linear_schedule(1e-2, 0.0, 10)
+    reference, tx = getattr(optax, name)(rate), getattr(shardadam, name)(rate, plan=plan)
+    assert tx.takes_keep
+    assert tx.learning_rate is rate
+
+    @jax.jit
+    def step(params, state, grads, keep):
+        updates, state = tx.update(grads, state, params, keep=keep)
+        return optax.apply_updates(params, updates), state
+
+    wanted = make_step(reference)(params, reference.init(params), grads)
+    got, state = step(put(params, data_mesh), tx.init(params), put(grads, data_mesh), jnp.bool_(True))
+    assert_same_bits(got, wanted[0])
+    assert_same_bits(logical(state[0].nu, plan), wanted[1][0].nu)
+    broken = jax.tree.map(lambda g: np.full_like(g, np.nan), grads)
+    assert_same_bits(step(got, state, put(broken, data_mesh), jnp.bool_(False)), (got, state))
+    text = step.lower(got, state, put(grads, data_mesh), jnp.bool_(True)).compile().as_text()
+    assert " conditional(" not in text
+    one = getattr(shardadam, name)(rate)  # Without a mesh, too.
+    kept = jax.jit(one.update)(broken, wanted[1], wanted[0], keep=jnp.bool_(False))
+    assert_same_bits(kept, (jax.tree.map(np.zeros_like, params), wanted[1]))
+
+
 @pytest.mark.parametrize("inner", ["adam", "adamw"])
 def test_inject_hyperparams(inner, data_mesh):
     params, grads = random_tree(0), random_tree(1)
