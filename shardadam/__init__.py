@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shardadam.layout import LeafPlan, pack, unpack
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
     from shardadam.plan import Plan, make_plan
+    from shardadam.replicas import DivergenceError, check_replicas
     from shardadam.sharding import ShardingError, audit
     from shardadam.step import make_train_step
     from shardadam.train_state import TrainState
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpointer": "checkpoint",
     "CollectiveOp": "hlo",
+    "DivergenceError": "replicas",
     "Estimate": "estimate",
     "LeafPlan": "layout",
     "Memory": "hlo",
@@ -35,6 +37,7 @@ _HOME = {
     "adamw": "optimizer",
     "assert_collectives": "assertions",
     "audit": "sharding",
+    "check_replicas": "replicas",
     "collectives": "hlo",
     "estimate_bytes": "estimate",
     "gather": "gradients",
@@ -52,6 +55,7 @@ _HOME = {
 __all__ = [
     "Checkpointer",
     "CollectiveOp",
+    "DivergenceError",
     "Estimate",
     "LeafPlan",
     "Memory",
@@ -62,6 +66,7 @@ __all__ = [
     "adamw",
     "assert_collectives",
     "audit",
+    "check_replicas",
     "collectives",
     "estimate_bytes",
     "gather",

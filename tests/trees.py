@@ -126,3 +126,16 @@ def assert_same_bits(got, wanted):
         assert have.shape == want.shape, jax.tree_util.keystr(path)
         differ = have.view(np.uint8) != want.view(np.uint8) if have.ndim else np.array(have.tobytes() != want.tobytes())
         assert not differ.any(), f"{jax.tree_util.keystr(path)}: {differ.sum()} bytes differ"
+
+
+def flip_a_bit(x, device_id):
+    """`x` with the lowest bit of its last element flipped in one device's copy; on processes without it, `x` itself."""
+
+    def own(shard):
+        data = np.array(shard.data)
+        if shard.device.id == device_id:
+            data.reshape(-1)[-1:].view(np.uint8)[0] ^= 1
+        return jax.device_put(data, shard.device)
+
+    shards = [own(shard) for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, shards)

@@ -143,6 +143,8 @@ class TrainConfig:
     """Steps between evaluations; 0: only at the end."""
     save_every: Positive = 100
     """Steps between checkpoints; the last step is always saved."""
+    check_every: Count = 0
+    """Steps between checking that devices hold alike what they should, and then before each save, too; 0: never."""
     max_to_keep: Positive = 2
     """Checkpoints to keep."""
     tensorboard: bool = False

@@ -129,6 +129,7 @@ class _Run:
         self.watchdog, self.stop = watchdog, stop
         self.pending: list[tuple[int, StepMetrics]] = []
         self.since = time.perf_counter()
+        self.checked: int | None = None
 
     def to_the_end(self, state: shardadam.TrainState) -> Result:
         """Trains what is left, saves, evaluates."""
@@ -167,6 +168,8 @@ class _Run:
                 self._fetch(compiled=True)
             elif step % config.log_every == 0:
                 self._fetch()
+            if config.check_every and step % config.check_every == 0:
+                self._check(step, state)
             if step % config.save_every == 0:
                 self._save(step, state)
             if config.eval_every and step % config.eval_every == 0 and step < config.steps:
@@ -204,10 +207,23 @@ class _Run:
         if step == self.saved:
             return
         self._fetch()  # a state that is not finite must not push a good one out
+        if self.config.check_every:
+            self._check(step, state)
         self.watchdog.begin("save")
         self.checkpointer.save(step, state)
         self.saved = step
         self.since = time.perf_counter()
+
+    def _check(self, step: int, state: shardadam.TrainState) -> None:
+        """Stops where devices have come to hold different bits: what they make of them is worth nothing."""
+        if step == self.checked:
+            return
+        self.watchdog.begin("step" if self.checked else "compile", times=1 + len(self.pending))
+        try:
+            shardadam.check_replicas(state)
+        except shardadam.DivergenceError as error:
+            raise TrainingError(f"step {step}: {error}. Nothing was saved since step {self.saved}") from error
+        self.checked = step
 
     def _evaluate(self, step: int, state: shardadam.TrainState) -> Evaluation | None:
         batches = itertools.count()

@@ -15,7 +15,8 @@ from shardadam.trainer.config import ConfigError, DeadlineConfig, TrainConfig, d
 # What does not change the numbers, or (the mesh) changes no more than the order in which they are added up.
 MAY_CHANGE = {
     "name", "steps", "mesh", "cpu_devices", "platform", "runs_dir", "log_every", "eval_every", "save_every",
-    "max_to_keep", "tensorboard", "data.eval_tokens", "model.remat", "optimizer.layout", "optimizer.min_size",
+    "check_every", "max_to_keep", "tensorboard", "data.eval_tokens", "model.remat", "optimizer.layout",
+    "optimizer.min_size",
     *(f"deadlines.{field.name}" for field in fields(DeadlineConfig)),
 }  # fmt: skip
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
-from trees import by_path, random_tree
+from trees import by_path, flip_a_bit, random_tree
 
 import shardadam
 from shardadam import runtime
@@ -122,11 +122,25 @@ def one_directory_one_writer(directory):
             second.lock()
 
 
+def a_device_of_the_last_process(state):
+    """One flipped bit in one process's device is told to every process; so are numbers that differ."""
+    device = jax.devices()[-1]
+    shardadam.check_replicas((state, {"step": np.int64(7), "seed": 3}))
+    wrong = state.replace(params=state.params | {"odd": flip_a_bit(state.params["odd"], device.id)})
+    told = f"`params/odd`: device {device.id} \\(process {jax.process_count() - 1}\\) of 8 copies not as most"
+    with pytest.raises(shardadam.DivergenceError, match=told):
+        shardadam.check_replicas(wrong)
+    with pytest.raises(shardadam.DivergenceError, match=r"`step`: process 0(, process 1)? of "):
+        shardadam.check_replicas({"step": jax.process_index() == 0})
+
+
 if __name__ == "__main__":
     out, read, write = sys.argv[1:]
     num_processes = runtime.initialize(heartbeat_seconds=30)
     assert num_processes == jax.process_count() > 1
-    found = results(jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), read, write)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    found = results(mesh, read, write)
+    a_device_of_the_last_process(new_state(mesh))
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     if jax.process_index() == 0:

@@ -16,8 +16,10 @@ import pytest
 import yaml
 from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config
+from trees import flip_a_bit
 
 from shardadam import Checkpointer, audit
+from shardadam.trainer import loop
 from shardadam.trainer.build import create_state
 from shardadam.trainer.config import ConfigError
 from shardadam.trainer.devices import build_mesh
@@ -154,6 +156,25 @@ def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny):
     with Checkpointer(run_directory(config) / "checkpoints") as checkpointer:
         state = checkpointer.restore(create_state(config, build_mesh(config)))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.device_get(state.opt_state)))
+
+
+def test_a_device_that_goes_its_own_way_stops_the_run_before_it_is_saved(tiny, monkeypatch):
+    make_train_step = loop.make_train_step
+
+    def faulty_step(state, batch, train_step):
+        if int(state.step) == 5:
+            wrong = jax.tree.map(lambda x: flip_a_bit(x, 6), state.params["final_norm"])
+            state = state.replace(params=state.params | {"final_norm": wrong})
+        return train_step(state, batch)
+
+    monkeypatch.setattr(
+        loop, "make_train_step", lambda *args: functools.partial(faulty_step, train_step=make_train_step(*args))
+    )
+    config = tiny(steps=STEPS, save_every=3, check_every=2)
+    with pytest.raises(TrainingError, match=r"(?s)step 6: .*`params/final_norm.*`: device 6 .*saved since step 3"):
+        train(config)
+    with Checkpointer(run_directory(config) / "checkpoints") as checkpointer:
+        assert checkpointer.latest_step() == 3
 
 
 def test_tokens_that_are_no_bytes_have_no_bits_per_byte(tiny, tmp_path):
