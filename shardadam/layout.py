@@ -11,18 +11,51 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 LANES = 1024  # Rows x 1024, split on dim 0, keeps both the TPU and the GPU compiler on their fast paths.
+MAX_WASTE = 1 / 2048  # What rows x 1024 may waste of a leaf; with it a whole tree stays within 1.001 of an even split.
 
 Layout = Literal["natural", "packed", "whole"]
 Entries = tuple[tuple[str, ...], ...]
 
 
-def num_rows(size: int, num_shards: int) -> int:
-    """Rows of LANES that hold `size` elements, rounded up so that `num_shards` divides them."""
-    return -(-size // (LANES * num_shards)) * num_shards
+def choose_lanes(part_size: int, num_shards: int) -> int:
+    """How wide the rows are that `part_size` elements are folded to: 1024, or what splits them nearly evenly.
+
+    Rows of 1024 are taken where they waste at most MAX_WASTE of the leaf. Else a shard has as few rows as 1024 lanes
+    would need, and just so many lanes that its elements fit: that wastes less than one element per row.
+
+    Args:
+      part_size: elements to fold, 0 included.
+      num_shards: how many blocks of rows they are split into.
+
+    Returns:
+      1 to 1024.
+
+    Example:
+      >>> choose_lanes(8192 * 28672, num_shards=256), choose_lanes(17 * 257, num_shards=8)
+      (1024, 547)
+    """
+    rows = _rows_per_shard(part_size, num_shards)
+    if rows * LANES * num_shards <= part_size * (1 + MAX_WASTE):
+        return LANES
+    return max(1, -(-part_size // (num_shards * rows)))
+
+
+def num_rows(part_size: int, num_shards: int) -> int:
+    """Rows of `choose_lanes` elements that hold `part_size` elements; `num_shards` divides them."""
+    return _rows_per_shard(part_size, num_shards) * num_shards
+
+
+def _rows_per_shard(part_size: int, num_shards: int) -> int:
+    return max(1, -(-part_size // (LANES * num_shards)))
+
+
+def could_be_packed(rows: int, lanes: int) -> bool:
+    """Whether `pack` folds anything to `rows` rows per shard of `lanes` lanes: many an unpacked array has such, too."""
+    return rows * lanes > 0 and (rows - 1) * LANES < rows * lanes <= rows * LANES
 
 
 def pack(x: jax.Array, num_shards: int, stacked_dims: int = 0) -> jax.Array:
-    """Flattens `x` row-major, pads it with zeros and folds it to (rows, 1024). Inverse of `unpack`.
+    """Flattens `x` row-major, pads it with zeros and folds it to (rows, lanes). Inverse of `unpack`.
 
     Args:
       x: an array of any shape and dtype, sizes 0 and 1 included.
@@ -30,24 +63,24 @@ def pack(x: jax.Array, num_shards: int, stacked_dims: int = 0) -> jax.Array:
       stacked_dims: how many leading dims stay as they are: each layer of a stack is packed for itself.
 
     Returns:
-      An array of shape (num_rows(x.size, num_shards), 1024), after the stacked dims: each of `num_shards` equal blocks
-      of rows is at most one row larger than x.size / num_shards elements.
+      An array of shape (num_rows(size, num_shards), choose_lanes(size, num_shards)), after the stacked dims, with the
+      size of a layer: `num_shards` equal blocks of rows, hardly larger than size / num_shards elements.
 
     Example:
-      >>> pack(jnp.arange(5.0), num_shards=8).shape
-      (8, 1024)
+      >>> pack(jnp.arange(5000.0), num_shards=8).shape
+      (8, 625)
     """
     stack, size = x.shape[:stacked_dims], math.prod(x.shape[stacked_dims:])
-    rows = num_rows(size, num_shards)
-    flat = jnp.pad(x.reshape(*stack, size), [(0, 0)] * len(stack) + [(0, rows * LANES - size)])
-    return flat.reshape(*stack, rows, LANES)
+    rows, lanes = num_rows(size, num_shards), choose_lanes(size, num_shards)
+    flat = jnp.pad(x.reshape(*stack, size), [(0, 0)] * len(stack) + [(0, rows * lanes - size)])
+    return flat.reshape(*stack, rows, lanes)
 
 
 def unpack(packed: jax.Array, shape: tuple[int, ...], stacked_dims: int = 0) -> jax.Array:
     """Drops the padding and restores `shape`. Inverse of `pack`.
 
     Args:
-      packed: (rows, 1024) after the stacked dims, as `pack` gives it.
+      packed: (rows, lanes) after the stacked dims, as `pack` gives it.
       shape: the shape that was packed, stacked dims included.
       stacked_dims: as `pack` was told.
 
@@ -82,7 +115,7 @@ class LeafPlan:
       dtype: the parameter's dtype, which is nu's, and mu's where no mu_dtype is set.
       param_spec: how the parameter itself is sharded; never changed.
       state_spec: how the state's array, of shape `state_shape`, is sharded.
-      layout: "natural" (the parameter's shape), "packed" (rows x 1024) or "whole" (as the parameter, split no further).
+      layout: "natural" (the parameter's shape), "packed" (rows x lanes) or "whole" (as the parameter).
       padding: elements of `state_shape` that hold no parameter, over all devices.
       reason: why this layout, for people.
       part_axes: mesh axes that shard the parameter's dims, other than stacked ones; a packed leaf is packed from each
@@ -125,11 +158,16 @@ class LeafPlan:
         return math.prod(self.shape[self.stacked_dims :])
 
     @property
+    def lanes(self) -> int:
+        """How wide the rows of a packed leaf are: its state's last dim."""
+        return choose_lanes(self.layer_size // self.num_parts, self.num_shards)
+
+    @property
     def state_shape(self) -> tuple[int, ...]:
         """Shape of mu and of nu as held in memory (on disk it is always `shape`)."""
         if self.layout != "packed":
             return self.shape
-        return (*self.stack, self.num_parts * num_rows(self.layer_size // self.num_parts, self.num_shards), LANES)
+        return (*self.stack, self.num_parts * num_rows(self.layer_size // self.num_parts, self.num_shards), self.lanes)
 
     @property
     def elements_per_device(self) -> int:
@@ -199,8 +237,8 @@ def plan_leaf(
                 return leaf("natural", f"dim {dim} divides by {num_shards}", state)
         if layout == "natural":
             return leaf("whole", f"layout='natural', and no dim divides by {num_shards}")
-        if num_rows(part_size, num_shards) * LANES // num_shards >= part_size:
-            return leaf("whole", f"no dim divides by {num_shards}, and whole it is under one padded row")
+        if part_size < num_shards:
+            return leaf("whole", f"fewer elements than {num_shards} shards")
     if len({axis in explicit for axis in used + axes}) > 1:
         return leaf("whole", f"{' and '.join(used + axes)} are Auto and Explicit axes, which cannot share its one dim")
     why = "layout='packed'" if layout == "packed" else f"no dim divides by {num_shards}"

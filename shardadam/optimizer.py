@@ -129,7 +129,7 @@ def adam(
 
     Returns:
       An optax `GradientTransformationExtraArgs` whose state is optax's own: `ScaleByAdamState(count, mu, nu)` first in
-      the chain's tuple. A leaf in the packed layout is held as (rows, 1024); see `LeafPlan`.
+      the chain's tuple. A leaf in the packed layout is held as (rows, lanes); see `LeafPlan`.
 
     Raises:
       ValueError: on `init` or `update`: a tree or a shape that the plan does not have, an axis that the mesh has not.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LeafPlan, entries, plan_leaf
 
-DEFAULT_MIN_SIZE = 1024  # One row of the packed layout: below it, latency costs more than the bytes are worth.
+DEFAULT_MIN_SIZE = 1024  # Below it, latency costs more than the bytes are worth.
 
 
 def path_name(keypath: tuple[Any, ...]) -> str:
@@ -141,7 +141,7 @@ def make_plan(
       layout: "auto" takes natural where a dim divides evenly, else packed; "natural" leaves such leaves whole, listed;
         "packed" packs every leaf.
       min_size: leaves with fewer elements (per layer) stay whole: replicated over `axis_name`, and listed by
-        `Plan.report`.
+        `Plan.report`. So do, with layout="auto", those with fewer elements than shards.
       stacked_dims: how many leading dims of a leaf stack layers, as the parameters of a `lax.scan` over layers have
         them: an int, or a tree of ints like `params` (a prefix of it is enough). They are never split, so that a train
         step can reduce each layer's gradient inside the backward scan.

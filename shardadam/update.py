@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import LANES, LeafPlan
+from shardadam.layout import LeafPlan
 from shardadam.moments import Hyperparams, Step, bias_corrections, update_leaf
 from shardadam.sharding import constrain, pack_leaf, unpack_leaf
 from shardadam.transformation import select
@@ -139,7 +139,7 @@ def _defined_on_padding(hyperparams: Hyperparams, leaf: LeafPlan, nu: jax.Array)
     dim = leaf.stacked_dims
     row = jax.lax.axis_index(leaf.shard_axes) * nu.shape[dim] + jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim)
     lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim + 1)
-    full, rest = divmod(leaf.layer_size // leaf.num_parts, LANES)
+    full, rest = divmod(leaf.layer_size // leaf.num_parts, leaf.lanes)
     real = (row < full) | ((row == full) & (lane < rest))
     # Weak where it is Python's, so that it takes no part in type promotion, as in optax.
     return hyperparams._replace(eps=jnp.where(real, hyperparams.eps, 1.0))

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from shardadam.layout import choose_lanes
+
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["replicated optax", "hand-placed optax"]
 NAMES += [f"{what} {layout}" for what in ("drop-in", "TrainState") for layout in ("natural", "packed")]
@@ -40,7 +42,8 @@ def moments(shape, shards, name):
     if name == "replicated optax" or size < 1024:
         return 8 * size
     if "packed" in name and shards > 1:
-        return 8 * 1024 * math.ceil(size / (1024 * shards))
+        rows = math.ceil(size / (1024 * shards))
+        return 8 * rows * choose_lanes(size, shards)
     return 8 * size // shards
 
 

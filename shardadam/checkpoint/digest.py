@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
-from shardadam.layout import LANES, entries
+from shardadam.layout import entries
 from shardadam.mixing import (
     WORD_COUNTS,
     Coordinate,
@@ -150,7 +150,7 @@ def _packed(block: tuple[int, ...], packed: Packing) -> tuple[list[Coordinate], 
     offsets = [_index(axes) * np.uint32(size) for axes, size in zip(split, local, strict=True)]
     coordinates = natural(block, offsets[:stack], leaf.shape)
     rows = jax.lax.broadcasted_iota(jnp.uint32, block, stack) + _index(leaf.shard_axes) * np.uint32(block[-2])
-    within = rows * np.uint32(LANES) + jax.lax.broadcasted_iota(jnp.uint32, block, stack + 1)
+    within = rows * np.uint32(leaf.lanes) + jax.lax.broadcasted_iota(jnp.uint32, block, stack + 1)
     valid = within < np.uint32(math.prod(local[stack:]))
     # Row-major in the device's own part: dims are peeled off from the last, as many at once as lie together in both.
     end, cut = len(leaf.shape), first_low_dim(leaf.shape)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import LeafPlan
+from shardadam.layout import LeafPlan, could_be_packed, entries
 from shardadam.sharding import named_sharding, pack_leaf, unpack_leaf
 
 PYTHON_NUMBERS = (bool, int, float)
@@ -21,6 +21,17 @@ PYTHON_NUMBERS = (bool, int, float)
 def is_key(dtype: Any) -> bool:
     """Whether a dtype is that of typed PRNG keys, which are on disk as their key data."""
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def looks_packed(x: Any) -> bool:
+    """Whether an array could be rows of a packed leaf, by its shape and place; a natural one may be, too."""
+    sharding = getattr(x, "sharding", None)
+    if np.ndim(x) < 2 or not isinstance(sharding, NamedSharding):
+        return False
+    over_rows, over_lanes = entries(P(*sharding.spec), np.ndim(x))[-2:]
+    rows, lanes = np.shape(x)[-2:]
+    shards = math.prod(sharding.mesh.shape[axis] for axis in over_rows)
+    return bool(over_rows) and not over_lanes and could_be_packed(rows // shards, lanes)
 
 
 class Packing(NamedTuple):

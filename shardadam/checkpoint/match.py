@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint.metadata import ScalarMetadata
 
-from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key
-from shardadam.layout import LANES
+from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key, looks_packed
 
 _MAX_LISTED = 8  # Leaves named per kind of fault: a wrong tree may have thousands.
 
@@ -78,7 +77,7 @@ def _fault(saved: Any, slot: Slot) -> str | None:
         shape, dtype = data.shape, data.dtype
     if tuple(saved.shape) != shape:
         hint = ""
-        if slot.packed is None and len(shape) >= 2 and shape[-1] == LANES:
+        if slot.packed is None and looks_packed(slot.like):
             hint = "; if the leaf wanted is packed, pass its plan: Checkpointer(directory, plan=plan)"
         return f"`{slot.path}`: got shape {tuple(saved.shape)}, wanted {shape}{hint}"
     if saved.dtype != dtype and not (is_scalar(saved, slot) and _kind(saved.dtype) == _kind(dtype)):

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
-from shardadam.checkpoint.logical import Packing, Slot
-from shardadam.layout import LANES, LeafPlan, entries
+from shardadam.checkpoint.logical import Packing, Slot, looks_packed
+from shardadam.layout import LeafPlan
 from shardadam.plan import Plan, path_name
 from shardadam.planned import is_adam, map_planned, planned_leaf
 
@@ -64,7 +63,7 @@ def _unplanned(state: Any) -> Iterator[Slot]:
             for slot in slots(x, x.plan):
                 yield dataclasses.replace(slot, names=(*names, *slot.names))
             continue
-        if _is_state(keypath, names) and _looks_packed(x) and not _has_param(state, keypath, np.shape(x)):
+        if _is_state(keypath, names) and looks_packed(x) and not _has_param(state, keypath, np.shape(x)):
             raise ValueError(
                 f"`{'/'.join(names)}`: may be packed, and there is no plan to unpack it by; pass the optimizer's own: "
                 "Checkpointer(directory, plan=plan)"
@@ -76,15 +75,6 @@ def _is_state(keypath: tuple[Any, ...], names: tuple[str, ...]) -> bool:
     """Whether a leaf is below a field in which optax keeps a tree like the parameters, or below keys mu or nu."""
     fields = {k.name for k in keypath if isinstance(k, jax.tree_util.GetAttrKey)}
     return bool({"mu", "nu"} & set(names) or _FIELDS & fields)
-
-
-def _looks_packed(x: Any) -> bool:
-    """Whether an array could be rows of a packed leaf; a natural one may be, too."""
-    sharding = getattr(x, "sharding", None)
-    if np.ndim(x) < 2 or np.shape(x)[-1] != LANES or not isinstance(sharding, NamedSharding):
-        return False
-    rows, lanes = entries(P(*sharding.spec), np.ndim(x))[-2:]
-    return bool(rows) and not lanes
 
 
 def _has_param(state: Any, keypath: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
@@ -164,7 +154,7 @@ def _state_leaves(state: Any, params: Container[str]) -> Iterator[tuple[str, Any
             for tree in (x.mu, x.nu):
                 named = ((path_name(k), leaf) for k, leaf in jax.tree_util.tree_flatten_with_path(tree)[0])
                 yield from ((path, leaf) for path, leaf in named if path in params)
-        elif _looks_packed(x):
+        elif looks_packed(x):
             ends = (path_name(keypath[start:]) for start in range(len(keypath)))
             yield from ((path, x) for path in [next((end for end in ends if end in params), None)] if path is not None)
 
