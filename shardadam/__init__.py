@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from shardadam.hlo import CollectiveOp, Memory, collectives, memory
     from shardadam.layout import LeafPlan, pack, unpack
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
+    from shardadam.params import pack_params, unpack_params
     from shardadam.plan import Plan, make_plan
     from shardadam.replicas import DivergenceError, check_replicas
     from shardadam.sharding import ShardingError, audit
@@ -47,8 +48,10 @@ _HOME = {
     "nadam": "optimizer",
     "nadamw": "optimizer",
     "pack": "layout",
+    "pack_params": "params",
     "scale_by_adam": "optimizer",
     "unpack": "layout",
+    "unpack_params": "params",
     "value_and_grad": "gradients",
 }
 
@@ -76,8 +79,10 @@ __all__ = [
     "nadam",
     "nadamw",
     "pack",
+    "pack_params",
     "scale_by_adam",
     "unpack",
+    "unpack_params",
     "value_and_grad",
 ]
 

@@ -1,12 +1,35 @@
-"""Reduce-scatter over named mesh axes, and the tap that runs it in a backward pass: inside a `shard_map` over them."""
+"""Reduce-scatter and all-gather over named mesh axes, and the tap between them: inside a `shard_map` over the axes."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 Collective = Literal["joint", "per_axis"]
+
+# By platform, what is best where the shards are dealt out over more than one mesh axis. A joint reduce-scatter over
+# several torus axes of a TPU compiles to a full all-reduce, one axis at a time does not; everywhere else one collective
+# over all is the shortest way.
+_BEST: dict[str, Collective] = {"tpu": "per_axis"}
+
+
+def resolve_collective(
+    collective: Literal["joint", "per_axis", "auto"], mesh: Any, axes: tuple[str, ...]
+) -> Collective:
+    """What "auto" stands for on a mesh: "per_axis" on TPUs where there is more than one axis, else "joint".
+
+    Args:
+      collective: what was asked for.
+      mesh: a Mesh; of an AbstractMesh, which has no devices, "joint" is taken.
+      axes: the axes that the shards are dealt out over.
+    """
+    if collective != "auto":
+        return collective
+    if not isinstance(mesh, Mesh) or sum(mesh.shape[axis] > 1 for axis in axes) < 2:
+        return "joint"
+    return _BEST.get(mesh.devices.flat[0].platform, "joint")
 
 
 def reduce_scatter(
@@ -32,6 +55,23 @@ def reduce_scatter(
         else:
             size = x.shape[dim] // jax.lax.axis_size(group)
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(group) * size, size, axis=dim)
+    return x
+
+
+def all_gather(x: jax.Array, axes: tuple[str, ...], *, dim: int, collective: Collective = "joint") -> jax.Array:
+    """The blocks of all devices along mesh axes, one after the other: brings back what `reduce_scatter` cut.
+
+    Args:
+      x: this device's block.
+      axes: the mesh axes that the blocks are dealt out over, major to minor.
+      dim: the dim that is made whole.
+      collective: "joint" is one collective over all axes; "per_axis" one for each, minor first.
+
+    Returns:
+      `x` with `dim` multiplied by the product of the axes' sizes.
+    """
+    for group in [axes] if collective == "joint" else [(axis,) for axis in reversed(axes)]:
+        x = jax.lax.all_gather(x, group, axis=dim, tiled=True)
     return x
 
 

@@ -267,15 +267,20 @@ def _zeros(params: Any, dtype: Any) -> Any:
 def _state_zeros(plan: Plan, params: Any, dtype: Any) -> Any:
     """Zeros in the state's layout for every parameter."""
     return map_leaves(
-        lambda leaf, x, path: sharded_zeros(leaf.state_shape, dtype or leaf.dtype, leaf.state_spec, plan.mesh),
+        lambda leaf, x, path: sharded_zeros(leaf.state_shape, dtype or _dtype(x), leaf.state_spec, plan.mesh),
         params,
         plan,
     )
 
 
+def _dtype(x: Any) -> Any:
+    return jax.dtypes.canonicalize_dtype(jnp.result_type(x))
+
+
 def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:
-    got, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-    if (got, dtype) != (leaf.shape, leaf.dtype):
+    got, dtype = np.shape(x), _dtype(x)
+    # Wider ones are masters of the plan's parameters.
+    if got != leaf.shape or jnp.promote_types(dtype, leaf.dtype) != dtype:
         raise ValueError(
             f"`{path}`: the parameter is {dtype}{list(got)}, the plan has {leaf.dtype}{list(leaf.shape)}; make the "
             "plan from these parameters"

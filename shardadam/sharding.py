@@ -185,7 +185,9 @@ def check_context(mesh: Mesh | AbstractMesh) -> None:
         )
 
 
-def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | None = None) -> None:
+def audit(
+    state: Any, plan: Plan, *, mu_dtype: Any = None, nu_dtype: Any = None, accumulators: bool | None = None
+) -> None:
     """Checks that every mu and nu in a state, and all else that is in shards, is where its plan says.
 
     Leaves that are not in the state are not missed: `optax.masked` gives Adam a part of the parameters. Accumulators of
@@ -196,6 +198,8 @@ def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | 
         `optax.ScaleByAdamState`, or of any transformation that `shardadam.shard` has placed.
       plan: the plan.
       mu_dtype: what Adam's mu must be in; default: any one dtype of the parameters' kind (real or complex).
+      nu_dtype: what Adam's nu must be in, where the parameter is not wider; default: the dtype of the state's masters
+        (`state.master`), else the parameter's.
       accumulators: whether every leaf that is shaped as its parameter must lie by the plan. Default: where the state
         is a TrainState whose `tx` is shardadam's own, not one within a combinator.
 
@@ -204,13 +208,16 @@ def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | 
         another shape or dtype, with what was got, what was wanted and what to do; or says that there is no such state.
     """
     strict = hasattr(getattr(state, "tx", None), "plan_of") if accumulators is None else accumulators
+    at_rest = getattr(state, "stage", None) == 3  # Then the parameters are in shards themselves.
+    for x in jax.tree.leaves(getattr(state, "master", None))[:1]:
+        nu_dtype = x.dtype if nu_dtype is None else nu_dtype
     found, faults = 0, []
     followers: dict[str, list[str | None]] = {}  # By parameter, the faults of its leaves that are not Adam's.
 
     def check(field: str, leaf: LeafPlan, x: Any, path: str) -> None:
         nonlocal found
         found += 1
-        fault = _dtype_fault(field, leaf, x, mu_dtype) or _place_fault(leaf, x, plan)
+        fault = _dtype_fault(field, leaf, x, mu_dtype, nu_dtype) or _place_fault(leaf, x, plan)
         if fault is not None:
             faults.append(f"{field} of `{path}`: {fault}")
 
@@ -220,7 +227,7 @@ def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | 
             for field in ("mu", "nu"):
                 map_leaves(lambda leaf, x, path, field=field: check(field, leaf, x, path), getattr(x, field), plan)
                 planned.update(path_name(k) for k, _ in jax.tree_util.tree_flatten_with_path(getattr(x, field))[0])
-        elif (path := _owner(keypath, x, plan)) is not None:
+        elif (path := _owner(keypath, x, plan, at_rest)) is not None:
             found += 1
             fault = _place_fault(plan.leaves[path], x, plan)
             name = jax.tree_util.keystr(keypath, simple=True, separator="/")
@@ -242,20 +249,21 @@ def audit(state: Any, plan: Plan, *, mu_dtype: Any = None, accumulators: bool | 
         )
 
 
-def _owner(keypath: KeyPath, x: Any, plan: Plan) -> str | None:
-    """The parameter whose state a leaf is, in the plan's layout or as optax would hold it; None for the params."""
-    if keypath and jax.tree_util.keystr(keypath[:1], simple=True) == "params":
+def _owner(keypath: KeyPath, x: Any, plan: Plan, at_rest: bool) -> str | None:
+    """The parameter whose state a leaf is, in the plan's layout or as optax would hold it; None for whole params."""
+    if not at_rest and keypath and jax.tree_util.keystr(keypath[:1], simple=True) == "params":
         return None
     placed = planned_leaf(keypath, x, plan)
     shaped = (path for path in owners(keypath, plan) if jnp.shape(x) == plan.leaves[path].shape)
     return placed if placed is not None else next(shaped, None)
 
 
-def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any) -> str | None:
+def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any, nu_dtype: Any) -> str | None:
     """What is wrong with the dtype of one leaf of mu or nu; None if nothing is."""
     got = jnp.result_type(x)
     if field == "nu" or mu_dtype is not None:
-        wanted = leaf.dtype if field == "nu" else jnp.dtype(mu_dtype)
+        nu = leaf.dtype if nu_dtype is None else jnp.promote_types(leaf.dtype, nu_dtype)
+        wanted = nu if field == "nu" else jnp.dtype(mu_dtype)
         return None if got == wanted else f"got dtype {got}, wanted {wanted}"
     kind = jnp.complexfloating if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.floating
     return None if jnp.issubdtype(got, kind) else f"got dtype {got}, wanted one of the kind of {leaf.dtype}"

@@ -1,30 +1,17 @@
-"""The train step: gradients as shards, clipped by their norm, applied on shards; and the update alone."""
+"""`make_train_step`: gradients as shards, clipped by their norm, applied on shards; it never waits for the host."""
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Collection
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec as P
 
-from shardadam.communication import Collective
+from shardadam.apply import apply_on_shards, global_norm, unsplit
+from shardadam.communication import resolve_collective
 from shardadam.gradients import value_and_grad
-from shardadam.layout import LeafPlan, entries
-from shardadam.plan import Plan
-from shardadam.sharding import check_context, constrain, map_leaves, pack_leaf, unpack_leaf
-from shardadam.transformation import ShardedTransformation
-
-
-class Applied(NamedTuple):
-    """What `apply_on_shards` gives: new parameters and optimizer state, and where asked for their norms."""
-
-    params: Any
-    opt_state: Any
-    norms: dict[str, jax.Array]
+from shardadam.validation import check_choice
 
 
 def make_train_step(
@@ -34,191 +21,141 @@ def make_train_step(
     num_microbatches: int = 1,
     accumulate: Literal["shards", "local"] = "shards",
     max_grad_norm: float | None = None,
-    skip_nonfinite: bool = False,
+    skip_nonfinite: bool | None = None,
     has_aux: bool = False,
     reduce_dtype: Any = None,
-    collective: Collective = "joint",
-    stage: Literal[1, 2] = 2,
+    collective: Literal["joint", "per_axis", "auto"] = "auto",
+    stage: Literal[1, 2, 3] | None = None,
+    loss_scale: float | Literal["dynamic"] | None = None,
 ) -> Callable[..., tuple[Any, dict[str, Any]]]:
     """A jitted, donating `step(state, batch, *args) -> (state, metrics)`.
 
     Args:
       loss_fn: `loss_fn(params, batch, *args)`, as for `value_and_grad`: it sees whole parameters and one device's part
         of the batch, and returns a mean, or `(sum, weight)`.
-      state: a `shardadam.TrainState`, concrete or abstract: its plan and optimizer are used, not its arrays.
+      state: a `shardadam.TrainState`, concrete or abstract: its plan, optimizer and stage are used, and which of its
+        optional fields it has; not its arrays. Master weights, where it has them, are updated.
       num_microbatches: see `value_and_grad`.
       accumulate: see `value_and_grad`.
       max_grad_norm: gradients with a greater global norm are scaled down to it.
       skip_nonfinite: a step whose gradients have a NaN or an inf, on any device, changes neither params nor opt_state
-        (so not its count); `state.step` goes on. The choice is made element by element as the results are written.
+        (so not its count); `state.step` goes on, and `state.num_skipped`, where the state has it, counts. The choice is
+        made element by element as the results are written. Default: where the state counts skipped steps.
       has_aux: see `value_and_grad`; the aux is in the metrics, under "aux".
       reduce_dtype: see `value_and_grad`.
-      collective: see `value_and_grad`.
-      stage: 2: gradients are reduced onto shards. 1: they are reduced whole on every device, as XLA likes.
+      collective: how gradients are reduced and parameters gathered over several axes: see `value_and_grad`.
+      stage: 1: gradients are reduced whole on every device, as XLA likes. 2: onto shards. 3: onto shards, and the
+        parameters are at rest in shards, too, which the state has to know: `TrainState.create(..., stage=3)`. Default:
+        the state's, which is 2 unless it was created otherwise.
+      loss_scale: for float16: the loss is multiplied with it before the backward pass, the float32 gradients divided by
+        it after. A number stays. "dynamic" is the state's (`TrainState.create(..., loss_scale="dynamic")`): it halves
+        where gradients are not finite, and such a step is skipped; it doubles after 2,000 steps that were. Default:
+        "dynamic" where the state has one, else none.
 
     Returns:
       The step. `metrics` are float32 scalars on the device: loss, grad_norm (before clipping), param_norm and
-      update_norm; skipped, 1 for a step that was; learning_rate, where the optimizer's is a number or a schedule.
+      update_norm; skipped, 1 for a step that was; learning_rate, where the optimizer's is a number or a schedule;
+      loss_scale, where there is one: that of this step.
 
     Raises:
-      ValueError: a bad option.
+      ValueError: a bad option, or one that the state was not created for.
 
     References:
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019 (arXiv 1910.02054).
       Pascanu et al., On the difficulty of training recurrent neural networks, 2012 (arXiv 1211.5063), section 3.2.
     """
-    if stage not in (1, 2):
-        raise ValueError(f"stage: got {stage!r}, wanted 1 or 2")
+    stage = _check_stage(stage, state)
+    dynamic = _check_loss_scale(loss_scale, state)
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"max_grad_norm: got {max_grad_norm!r}, wanted a number above 0, or None")
+    skipping = dynamic or (state.num_skipped is not None if skip_nonfinite is None else skip_nonfinite)
     plan, tx = state.plan, state.tx
-    reduced = plan if stage == 2 else _unsplit(plan, plan.leaves)
+    reduced = unsplit(plan, plan.leaves) if stage == 1 else plan
     differentiate = value_and_grad(
         loss_fn,
         reduced,
+        stage=3 if stage == 3 else 2,
         has_aux=has_aux,
         num_microbatches=num_microbatches,
         accumulate=accumulate,
         reduce_dtype=reduce_dtype,
         collective=collective,
     )
+    apply = functools.partial(
+        apply_on_shards,
+        tx=tx,
+        plan=plan,
+        scattered=stage != 1,
+        at_rest=stage == 3,
+        measure=True,
+        collective=resolve_collective(collective, plan.mesh, plan.axis_names),
+    )
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
-        loss, grads = differentiate(state.params, batch, *args)
+        scale = state.loss_scale.scale if dynamic else loss_scale
+        loss, grads = differentiate(state.params, batch, *args, loss_scale=scale)
         loss, aux = loss if has_aux else (loss, None)
         grad_norm = global_norm(grads, reduced)
-        keep = jnp.isfinite(grad_norm) if skip_nonfinite else None
+        finite = jnp.isfinite(grad_norm)
         if max_grad_norm is not None:
             factor = max_grad_norm / jnp.maximum(grad_norm, max_grad_norm)
             grads = jax.tree.map(lambda g: g * factor.astype(g.dtype), grads)
-        done = apply_on_shards(
-            grads, state.opt_state, state.params, tx=tx, plan=plan, scattered=stage == 2, keep=keep, measure=True
-        )
+        done = apply(grads, state.opt_state, state.params, master=state.master, keep=finite if skipping else None)
+        skipped = 1 - finite.astype(jnp.int32) if skipping else jnp.zeros([], jnp.int32)
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
             **done.norms,
-            "skipped": jnp.zeros([], jnp.float32) if keep is None else 1 - keep.astype(jnp.float32),
+            "skipped": skipped.astype(jnp.float32),
             **_learning_rate(tx, state.opt_state),
+            **({} if scale is None else {"loss_scale": jnp.asarray(scale, jnp.float32)}),
             **({"aux": aux} if has_aux else {}),
         }
-        return state.replace(step=state.step + 1, params=done.params, opt_state=done.opt_state), metrics
+        changed = {"params": done.params, "opt_state": done.opt_state, "master": done.master}
+        if state.num_skipped is not None:
+            changed["num_skipped"] = state.num_skipped + skipped
+        if dynamic:
+            changed["loss_scale"] = state.loss_scale.adjusted(finite)
+        return state.replace(step=state.step + 1, **changed), metrics
 
     return step
 
 
-def apply_on_shards(
-    grads: Any,
-    opt_state: Any,
-    params: Any,
-    *,
-    tx: Any,
-    plan: Plan,
-    scattered: bool,
-    keep: jax.Array | None = None,
-    measure: bool = False,
-) -> Applied:
-    """Adds the optimizer's updates on each device's shards, then gathers the new parameters in their own dtype.
-
-    Args:
-      grads: a tree like params: in the layout of the state if `scattered`, in the parameters' own if not.
-      opt_state: of `tx`.
-      params: the parameters, of the plan's shapes and specs.
-      tx: a `ShardedTransformation`, or one within optax's combinators.
-      plan: of the parameters.
-      scattered: see `grads`.
-      keep: a bool of shape (); where it is False, params and opt_state stay as they were.
-      measure: whether to take update_norm and param_norm, of the new parameters.
-
-    Raises:
-      ValueError: a leaf that does not have the plan's shape.
-    """
-    # Within a combinator of optax's, something else may go by a parameter's shape (a mask on ndim): packed leaves then
-    # keep that shape outside of Adam, and only their updates are gathered instead.
-    check_context(plan.mesh)
-    packed = isinstance(tx, ShardedTransformation)
-
-    def in_shards(leaf: LeafPlan) -> bool:
-        return packed or leaf.layout != "packed"
-
-    def to_shards(leaf: LeafPlan, x: Any, path: str) -> Any:
-        if x is not None and jnp.shape(x) != leaf.shape:
-            raise ValueError(
-                f"`{path}`: got shape {jnp.shape(x)}, the plan has {leaf.shape}; make a state for this tree"
-            )
-        return pack_leaf(x, leaf, plan.mesh) if x is not None and in_shards(leaf) else x
-
-    def as_given(leaf: LeafPlan, g: Any, path: str) -> Any:
-        return g if in_shards(leaf) else unpack_leaf(g, leaf, plan.mesh)
-
-    def to_whole(leaf: LeafPlan, x: Any, path: str) -> Any:
-        return unpack_leaf(x, leaf, plan.mesh) if in_shards(leaf) else constrain(x, plan.mesh, leaf.param_spec)
-
-    shards = map_leaves(to_shards, params, plan)
-    grads = map_leaves(as_given if scattered else to_shards, grads, plan)
-    update = optax.with_extra_args_support(tx).update
-    updates, new_state = update(grads, opt_state, shards, shards_of=plan, packed=packed)
-    with jax.numpy_dtype_promotion("standard"):  # float32 updates of bfloat16 parameters, also where users forbid it
-        new_shards = optax.apply_updates(shards, updates)
-    if keep is not None:
-        new_shards, new_state = _select(keep, (new_shards, new_state), (shards, opt_state))
-    norms = {}
-    if measure:
-        held = plan if packed else _unsplit(plan, [path for path, leaf in plan.items if leaf.layout == "packed"])
-        norms = {"update_norm": global_norm(updates, held), "param_norm": global_norm(new_shards, held)}
-    return Applied(map_leaves(to_whole, new_shards, plan), new_state, norms)
-
-
-def global_norm(tree: Any, plan: Plan) -> jax.Array:
-    """sqrt(sum of |x|^2) over all leaves, of which each device has a shard: one all-reduce of one float32.
-
-    Args:
-      tree: like the parameters, in the layout of the state. Padding is zeros and adds nothing.
-      plan: of the parameters.
-    """
-    specs, leaves = [], []
-
-    def collect(leaf: LeafPlan, x: Any, path: str) -> None:
-        if x is not None:
-            specs.append(leaf.state_spec)
-            leaves.append(constrain(x, plan.mesh, leaf.state_spec))
-
-    map_leaves(collect, tree, plan)
-    mesh = plan.mesh
-
-    def local(xs: list[jax.Array]) -> jax.Array:
-        total = jnp.zeros([], jnp.float32)
-        for x, spec in zip(xs, specs, strict=True):
-            split = math.prod(mesh.shape[axis] for axes in entries(spec, x.ndim) for axis in axes)
-            square = jnp.sum(jnp.square(jnp.abs(x).astype(jnp.float32)))
-            total += square * jnp.float32(split / mesh.size)  # Every device that has a copy adds its part of it.
-        return jax.lax.psum(total, mesh.axis_names)
-
-    squared = jax.shard_map(local, mesh=mesh, in_specs=(specs,), out_specs=P(), check_vma=False)(leaves)
-    return jnp.sqrt(squared)
-
-
-def _unsplit(plan: Plan, paths: Collection[str]) -> Plan:
-    """The plan with some leaves whole: as gradients are that are reduced and not scattered, or as a combinator sees."""
-
-    def whole(leaf: LeafPlan) -> LeafPlan:
-        return dataclasses.replace(
-            leaf, state_spec=leaf.param_spec, layout="whole", padding=0, shard_axes=(), num_shards=1, reason="unsplit"
+def _check_stage(stage: Any, state: Any) -> Literal[1, 2, 3]:
+    """The stage to take, refused where the state's parameters do not lie as it has them."""
+    stage = state.stage if stage is None else stage
+    check_choice("stage", stage, (1, 2, 3))
+    if (stage == 3) != (state.stage == 3):
+        raise ValueError(
+            f"stage: got {stage}, and the state was created for stage {state.stage}: its parameters are "
+            f"{'in shards' if state.stage == 3 else 'whole'}; create it with TrainState.create(..., stage={stage})"
         )
-
-    return dataclasses.replace(
-        plan, items=tuple((path, whole(leaf) if path in paths else leaf) for path, leaf in plan.items)
-    )
+    return stage
 
 
-def _select(keep: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda a, b: jnp.where(keep, a, jnp.asarray(b)), new, old)
+def _check_loss_scale(loss_scale: Any, state: Any) -> bool:
+    """Whether the loss scale is the state's own, dynamic one."""
+    if loss_scale is None:
+        return state.loss_scale is not None
+    if loss_scale == "dynamic":
+        if state.loss_scale is None:
+            raise ValueError(
+                "loss_scale: got 'dynamic', and the state has none to change; create it with "
+                "TrainState.create(..., loss_scale='dynamic')"
+            )
+        return True
+    if not isinstance(loss_scale, int | float) or not loss_scale > 0:
+        raise ValueError(f"loss_scale: got {loss_scale!r}, wanted a number above 0, 'dynamic' or None")
+    return False
 
 
 def _learning_rate(tx: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """The rate of this step, where the optimizer says it: a number, or a schedule of its count."""
+    """The rate of this step, where the optimizer says it: a number, a schedule of its count, or a hyperparameter."""
     rate = getattr(tx, "learning_rate", None)
+    if rate is None:
+        hyperparams = [x for _, x in optax.tree.get_all_with_path(opt_state, "learning_rate")]
+        rate = hyperparams[0] if len(hyperparams) == 1 else None
     if callable(rate):
         (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
         rate = rate(count)

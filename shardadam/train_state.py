@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +13,14 @@ from flax.training import train_state
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import LeafPlan
+from shardadam.apply import Applied, apply_on_shards
+from shardadam.beginning import begin_opt_state, begin_params, placed
+from shardadam.loss_scale import LossScale, first_loss_scale
 from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
 from shardadam.sharding import audit, constrain, map_leaves, named_sharding, state_shardings
-from shardadam.step import apply_on_shards
 from shardadam.transformation import ShardedTransformation
+from shardadam.validation import check_choice
 
 
 class TrainState(train_state.TrainState):
@@ -30,12 +32,34 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       plan: where mu and nu of every parameter live. Static: it is no leaf of the tree.
+      stage: 3 where `params` are at rest in shards, in the layout of the state (`pack_params`), else 2. Static.
+      master: a tree like `params`, in shards, of wider copies that the updates are added to; None for leaves that are
+        as wide already; None where there are no masters.
+      loss_scale: the dynamic loss scale, or None.
+      num_skipped: int32, how many steps were skipped because their gradients were not finite; None: not counted.
     """
 
     plan: Plan = struct.field(pytree_node=False)
+    # By keyword only, so that a subclass may have fields without defaults.
+    stage: int = struct.field(pytree_node=False, default=2, kw_only=True)
+    master: Any = struct.field(default=None, kw_only=True)
+    loss_scale: LossScale | None = struct.field(default=None, kw_only=True)
+    num_skipped: Any = struct.field(default=None, kw_only=True)
 
     @classmethod
-    def create(cls, *, apply_fn: Any, params: Any, tx: Any, plan: Plan | None = None, **kwargs: Any) -> "TrainState":
+    def create(
+        cls,
+        *,
+        apply_fn: Any,
+        params: Any,
+        tx: Any,
+        plan: Plan | None = None,
+        stage: Literal[1, 2, 3] = 2,
+        master_dtype: Any = None,
+        loss_scale: float | Literal["dynamic"] | None = None,
+        skip_nonfinite: bool = False,
+        **kwargs: Any,
+    ) -> "TrainState":
         """A state at step 0.
 
         Args:
@@ -45,13 +69,20 @@ class TrainState(train_state.TrainState):
           tx: `shardadam.adam(...)` or one of its family, alone or within optax's combinators.
           plan: default: the plan that `tx` has or makes; within an optax combinator, which hides it, one made from the
             mesh and the specs of `params`.
+          stage: 3 puts the parameters at rest in shards, for `make_train_step`; 1 and 2 keep them as they are.
+          master_dtype: usually float32, with parameters in bfloat16 or float16: keeps copies of them in this dtype, in
+            shards, and adds the updates to those. The moments are then of this dtype, too, unless `tx` says otherwise
+            of mu. What is gathered stays in the parameters' dtype. Parameters given in `master_dtype` where the plan
+            has a narrower one become the masters as they are.
+          loss_scale: "dynamic", or a number to begin with: keeps a `LossScale`, for float16.
+          skip_nonfinite: keeps a count of the steps that were skipped; so does a loss_scale.
           **kwargs: the further fields of a subclass.
 
         Returns:
           A `TrainState`.
 
         Raises:
-          ValueError: no plan was given and none can be made.
+          ValueError: no plan was given and none can be made; a stage that there is not.
           ShardingError: `tx` made a state that is not where the plan says.
 
         Example:
@@ -62,28 +93,29 @@ class TrainState(train_state.TrainState):
           >>> int(state.apply_gradients(grads=state.params).step)
           1
         """
+        check_choice("stage", stage, (1, 2, 3))
         trained = _trained(params)
         if plan is None:
             plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
         plan = _plan_from(trained) if plan is None else bind(plan, ambient_mesh())
         traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
         mesh = None if traced or not isinstance(plan.mesh, Mesh) else plan.mesh
-        if mesh is None:
-            step, opt_state = jnp.zeros([], jnp.int32), tx.init(trained)
-        else:
-            trained = map_leaves(functools.partial(_place_param, mesh), trained, plan)
-            params = _on(mesh, _with_trained(params, trained))
-            # A combinator's own accumulators start as the parameters it is shown: in shards, where their shape allows.
-            hidden = not isinstance(tx, ShardedTransformation)
-            shown = map_leaves(functools.partial(_natural_shard, mesh), trained, plan) if hidden else trained
-            step, opt_state = _on(mesh, (jnp.zeros([], jnp.int32), tx.init(shown)))
-            audit(opt_state, plan, accumulators=not hidden)
-        return cls(step=step, apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **kwargs)
+        beginning = begin_params(trained, plan, stage=stage, master_dtype=master_dtype, mesh=mesh)
+        opt_state = begin_opt_state(tx, beginning, plan, mesh=mesh)
+        params = _with_trained(params, beginning.params)
+        scalars = _first_scalars(loss_scale, skip_nonfinite)
+        if mesh is not None:
+            params, opt_state, scalars = _on(mesh, (params, opt_state, scalars))
+            audit(opt_state, plan, accumulators=isinstance(tx, ShardedTransformation), nu_dtype=master_dtype)
+        fields: dict[str, Any] = {"stage": 3 if stage == 3 else 2, "master": beginning.master, **scalars, **kwargs}
+        return cls(apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **fields)
 
     @property
     def shardings(self) -> "TrainState":
         """A TrainState of NamedShardings: of parameters and their state by the plan, of all else by their own."""
         placed = state_shardings(self, self.plan, accumulators=True)
+        if self.stage == 3:
+            return placed
         params = map_leaves(
             lambda leaf, x, path: named_sharding(self.plan.mesh, leaf.param_spec, len(leaf.shape)),
             _trained(self.params),
@@ -95,19 +127,47 @@ class TrainState(train_state.TrainState):
         """One step: the updates are added on each device's shards, then the new parameters are gathered.
 
         Args:
-          grads: a tree like `params`.
+          grads: a tree like `params`: whole, or at stage 3, where parameters are in shards, in shards like them, as
+            `value_and_grad(..., stage=3)` gives them.
           **kwargs: fields to replace in addition.
 
         Returns:
           The state after the step, `step` greater by one; nothing in it waits for the host.
         """
-        params, opt_state = _apply(_trained(grads), self.opt_state, _trained(self.params), tx=self.tx, plan=self.plan)
-        return self.replace(step=self.step + 1, params=_with_trained(grads, params), opt_state=opt_state, **kwargs)
+        params, opt_state, master, _ = _apply(
+            _trained(grads),
+            self.opt_state,
+            _trained(self.params),
+            self.master,
+            tx=self.tx,
+            plan=self.plan,
+            stage=self.stage,
+        )
+        return self.replace(
+            step=self.step + 1,
+            params=_with_trained(grads, params),
+            opt_state=opt_state,
+            **({} if master is None else {"master": master}),
+            **kwargs,
+        )
 
 
-@functools.partial(jax.jit, static_argnames=("tx", "plan"), inline=True)
-def _apply(grads: Any, opt_state: Any, params: Any, *, tx: Any, plan: Plan) -> tuple[Any, Any]:
-    return apply_on_shards(grads, opt_state, params, tx=tx, plan=plan, scattered=False)[:2]
+@functools.partial(jax.jit, static_argnames=("tx", "plan", "stage"), inline=True)
+def _apply(grads: Any, opt_state: Any, params: Any, master: Any, *, tx: Any, plan: Plan, stage: int) -> Applied:
+    at_rest = stage == 3
+    return apply_on_shards(
+        grads, opt_state, params, tx=tx, plan=plan, scattered=at_rest, at_rest=at_rest, master=master
+    )
+
+
+def _first_scalars(loss_scale: Any, skip_nonfinite: bool) -> dict[str, Any]:
+    """The fields of step 0 that are no trees of parameters."""
+    fields: dict[str, Any] = {"step": jnp.zeros([], jnp.int32)}
+    if loss_scale is not None:
+        fields["loss_scale"] = first_loss_scale(loss_scale)
+    if skip_nonfinite or loss_scale is not None:
+        fields["num_skipped"] = jnp.zeros([], jnp.int32)
+    return fields
 
 
 def _trained(tree: Any) -> Any:
@@ -128,29 +188,7 @@ def _overwrites(tree: Any) -> bool:
 
 def _on(mesh: Mesh, tree: Any) -> Any:
     """Arrays on the mesh: those that have their place there as they are, all others replicated."""
-    return jax.tree.map(lambda x: x if _placed(mesh, x) else constrain(jnp.asarray(x), mesh, P()), tree)
-
-
-def _placed(mesh: Mesh, x: Any) -> bool:
-    sharding = getattr(x, "sharding", None)
-    return isinstance(x, jax.ShapeDtypeStruct) or (isinstance(sharding, NamedSharding) and sharding.mesh == mesh)
-
-
-def _place_param(mesh: Mesh, leaf: LeafPlan, x: Any, path: str) -> Any:
-    """A parameter where the plan says; one that has another place on the mesh is not moved but refused."""
-    wanted = named_sharding(mesh, leaf.param_spec, len(leaf.shape))
-    if isinstance(x, jax.ShapeDtypeStruct):
-        return x
-    if _placed(mesh, x) and not x.sharding.is_equivalent_to(wanted, len(leaf.shape)):
-        raise ValueError(
-            f"`{path}`: the parameter is sharded by {x.sharding.spec}, the plan has {leaf.param_spec}; make the plan "
-            "from the placed parameters, or with their param_specs"
-        )
-    return constrain(jnp.asarray(x), mesh, leaf.param_spec)
-
-
-def _natural_shard(mesh: Mesh, leaf: LeafPlan, x: Any, path: str) -> Any:
-    return x if leaf.layout == "packed" or isinstance(x, jax.ShapeDtypeStruct) else constrain(x, mesh, leaf.state_spec)
+    return jax.tree.map(lambda x: x if placed(mesh, x) else constrain(jnp.asarray(x), mesh, P()), tree)
 
 
 def _plan_from(params: Any) -> Plan:

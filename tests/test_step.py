@@ -44,9 +44,10 @@ def one_device(tx, loss_fn=mean_loss, steps=STEPS):
     return params, opt_state, losses
 
 
-def train(name="data", layout="auto", loss_fn=mean_loss, steps=STEPS, poison=(), eps=1e-8, **options):
+def train(name="data", layout="auto", loss_fn=mean_loss, steps=STEPS, poison=(), eps=1e-8, create=None, **options):
     plan, params = planned(name, layout)
-    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, eps=eps, plan=plan))
+    tx = shardadam.adam(1e-2, eps=eps, plan=plan)
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, **(create or {}))
     step, seen = shardadam.make_train_step(loss_fn, state, **options), []
     for t in range(steps):
         batch = batch_of(plan.mesh)
@@ -117,8 +118,10 @@ def test_clipping_by_the_global_norm_of_the_shards(layout):
 
 
 def test_a_nonfinite_step_is_skipped_and_leaves_no_trace():
-    poisoned, metrics, step = train(poison=(1,), skip_nonfinite=True)
+    poisoned, metrics, step = train(poison=(1,), create={"skip_nonfinite": True})
     clean, _, _ = train(steps=STEPS - 1, skip_nonfinite=True)
+    assert int(poisoned.num_skipped) == 1
+    assert clean.num_skipped is None
     assert [float(m["skipped"]) for m in metrics] == [0, 1, 0]
     assert int(poisoned.opt_state[0].count) == STEPS - 1
     assert int(poisoned.step) == STEPS
@@ -144,7 +147,13 @@ def test_weighted_losses_and_aux():
 def test_bad_options_are_refused():
     plan, params = planned("data")
     state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, plan=plan))
-    with pytest.raises(ValueError, match=r"stage: got 4, wanted 1 or 2"):
+    with pytest.raises(ValueError, match=r"stage: got 4, wanted 1, 2 or 3"):
         shardadam.make_train_step(mean_loss, state, stage=4)
     with pytest.raises(ValueError, match=r"max_grad_norm: got 0"):
         shardadam.make_train_step(mean_loss, state, max_grad_norm=0)
+    with pytest.raises(ValueError, match=r"got 3, and the state was created for stage 2: its parameters are whole"):
+        shardadam.make_train_step(mean_loss, state, stage=3)
+    with pytest.raises(ValueError, match=r"loss_scale: got 'dynamic', and the state has none"):
+        shardadam.make_train_step(mean_loss, state, loss_scale="dynamic")
+    with pytest.raises(ValueError, match=r"loss_scale: got 0, wanted a number above 0"):
+        shardadam.make_train_step(mean_loss, state, loss_scale=0)

@@ -63,8 +63,8 @@ def memory(compiled: Any) -> Memory:
 
 def _not_donated(compiled: Any) -> tuple[str, ...]:
     """Donated arguments without an alias. Those that the program does not read are no parameters of it."""
-    arguments = jax.tree_util.tree_leaves_with_path(compiled.args_info)
-    is_read = jax.tree.leaves(compiled.input_shardings, is_leaf=lambda x: x is None)
+    arguments, treedef = jax.tree_util.tree_flatten_with_path(compiled.args_info)
+    is_read = treedef.flatten_up_to(compiled.input_shardings)  # None: not read.
     parameters = [arg for arg, sharding in zip(arguments, is_read, strict=True) if sharding is not None]
     header = as_text(compiled).partition("\n")[0]
     _, _, rest = header.partition("input_output_alias={")

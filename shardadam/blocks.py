@@ -1,0 +1,139 @@
+"""Blocks: what one device has of a leaf, as an array with dims for the shard and the part; gathering and scattering."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import PartitionSpec as P
+
+from shardadam.communication import Collective, all_gather, reduce_scatter
+from shardadam.layout import LeafPlan, canonical_spec, entries, pack, unpack
+from shardadam.sharding import constrain, only_axes
+
+
+class Region(NamedTuple):
+    """The part of a mesh that a loss is computed in, device by device, and how gradients are reduced there."""
+
+    mesh: Mesh | AbstractMesh
+    manual: tuple[str, ...]  # The axes each device has its own part of the batch on.
+    collective: Collective
+    reduce_dtype: Any
+
+    @property
+    def auto(self) -> tuple[str, ...]:
+        """The other axes: JAX splits the loss over them by the parameters' own specs."""
+        return tuple(axis for axis in self.mesh.axis_names if axis not in self.manual)
+
+    @property
+    def num_devices(self) -> int:
+        """Into how many parts the batch is split."""
+        return math.prod(self.mesh.shape[axis] for axis in self.manual)
+
+
+def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
+    """One device's gradient, summed over the region's devices onto their blocks; whole where the leaf is not split.
+
+    Args:
+      g: of `leaf.shape`, or of one layer of it.
+      leaf: the leaf's plan.
+      region: where this is called.
+
+    Returns:
+      The block, after the stacked dims that `g` has and two dims of size 1 for the shard and the part: see
+      `block_spec`.
+    """
+    g = g if region.reduce_dtype is None else g.astype(region.reduce_dtype)
+    if leaf.num_shards == 1:
+        return jax.lax.psum(g, region.manual)
+    num_stacked = g.ndim - _layer_ndim(leaf)  # Within a scan, a layer has none.
+
+    def own_block(part: jax.Array) -> jax.Array:
+        x = pack(part, leaf.num_shards, num_stacked) if leaf.layout == "packed" else part
+        dim = split_dim(leaf, num_stacked)
+        x = reduce_scatter(x, leaf.shard_axes, dim=dim, summed=region.manual, collective=region.collective)
+        return jnp.expand_dims(x, (num_stacked, num_stacked + 1))
+
+    return _on_parts(own_block, leaf, region, num_stacked, to_block=True)(g)
+
+
+def gather_leaf(block: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
+    """The whole leaf, or one layer of it, of which each device has a block: inverse of `scatter_leaf` but for the sum.
+
+    Args:
+      block: as `scatter_leaf` returns it, of any dtype; the leaf itself where it is not split.
+      leaf: the leaf's plan.
+      region: where this is called.
+    """
+    if leaf.num_shards == 1:
+        return block
+    num_stacked = block.ndim - 2 - (2 if leaf.layout == "packed" else _layer_ndim(leaf))
+
+    def own_part(x: jax.Array) -> jax.Array:
+        x = jnp.squeeze(x, (num_stacked, num_stacked + 1))
+        x = all_gather(x, leaf.shard_axes, dim=split_dim(leaf, num_stacked), collective=region.collective)
+        if leaf.layout != "packed":
+            return x
+        layer = zip(leaf.shape, entries(leaf.param_spec, len(leaf.shape)), strict=True)
+        own = [dim // math.prod(region.mesh.shape[axis] for axis in axes) for dim, axes in layer]
+        return unpack(x, (*x.shape[:num_stacked], *own[leaf.stacked_dims :]), num_stacked)
+
+    return _on_parts(own_part, leaf, region, num_stacked, to_block=False)(block)
+
+
+def block_spec(leaf: LeafPlan) -> P:
+    """How a leaf's blocks are sharded as one array: (stacked dims, num_shards, num_parts, a device's block)."""
+    if leaf.num_shards == 1:
+        return leaf.param_spec
+    stack = entries(leaf.param_spec, len(leaf.shape))[: leaf.stacked_dims]
+    return canonical_spec((*stack, leaf.shard_axes, leaf.part_axes))
+
+
+def block_to_state(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """Blocks, as one array, as the array that the state has: moves nothing. Inverse of `state_to_block`."""
+    if leaf.num_shards == 1:
+        return constrain(x, mesh, leaf.param_spec)
+    spec, k = block_spec(leaf), leaf.stacked_dims
+    own = jax.shard_map(lambda b: jnp.squeeze(b, (k, k + 1)), mesh=mesh, in_specs=spec, out_specs=leaf.state_spec)
+    return constrain(own(constrain(x, mesh, spec)), mesh, leaf.state_spec)
+
+
+def state_to_block(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:
+    """An array in the state's layout as blocks: moves nothing. Inverse of `block_to_state`."""
+    if leaf.num_shards == 1:
+        return constrain(x, mesh, leaf.param_spec)
+    spec, k = block_spec(leaf), leaf.stacked_dims
+    own = jax.shard_map(lambda s: jnp.expand_dims(s, (k, k + 1)), mesh=mesh, in_specs=leaf.state_spec, out_specs=spec)
+    return constrain(own(constrain(x, mesh, leaf.state_spec)), mesh, spec)
+
+
+def part_of_spec(spec: P, axes: tuple[str, ...], skipped: int = 0) -> P:
+    """What a spec says of some axes, without the leading dims that a scan has taken off."""
+    rest = P(*tuple(spec)[skipped:])
+    return only_axes(rest, axes, len(rest))
+
+
+def _on_parts(f: Any, leaf: LeafPlan, region: Region, num_stacked: int, *, to_block: bool) -> Any:
+    """`f` on each device's own part of a leaf, with specs for what goes in and what comes out."""
+    if not region.auto:
+        return f
+    # Manual over the other axes as well: each device handles its own part, and nothing moves over those axes.
+    of = functools.partial(part_of_spec, axes=region.auto, skipped=leaf.stacked_dims - num_stacked)
+    whole, block = of(leaf.param_spec), of(block_spec(leaf))
+    specs = (whole, block) if to_block else (block, whole)
+    return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1], axis_names=set(region.auto), check_vma=False)
+
+
+def _layer_ndim(leaf: LeafPlan) -> int:
+    return len(leaf.shape) - leaf.stacked_dims
+
+
+def split_dim(leaf: LeafPlan, num_stacked: int) -> int:
+    """The dim that holds the shards, of a leaf's own array with so many stacked dims."""
+    if leaf.layout == "packed":
+        return num_stacked
+    parts = entries(leaf.state_spec, len(leaf.shape))
+    dim = next(dim for dim, axes in enumerate(parts) if set(leaf.shard_axes) <= set(axes))
+    return dim - leaf.stacked_dims + num_stacked
