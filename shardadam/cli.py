@@ -1,7 +1,8 @@
-"""The command line: `shardadam train|plan|launch|env`. Parses, prints, and turns errors into exit codes.
+"""The command line: `shardadam train|plan|checkpoint|launch|env`. Parses, prints, turns errors into exit codes.
 
 Exit codes: 0 done, or stopped by a signal after saving; 1 the run could not go on; 2 the user can set it right;
-75 it was stuck; 128 + a signal's number when a second one ended it. `launch` has that of the process that failed first.
+75 it was stuck; 128 + a signal's number when a second one ended it. `launch` has that of the process that failed first;
+for those of `checkpoint` see checkpoint_cli.py.
 """
 
 import argparse
@@ -58,6 +59,9 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("config", metavar="CONFIG", nargs="?", help="a YAML file, such as configs/quickstart.yaml")
     commands.add_parser(
         "launch", help="run one of these in several processes on this machine", add_help=False, allow_abbrev=False
+    )
+    commands.add_parser(
+        "checkpoint", help="list, show, compare, import and export checkpoints", add_help=False, allow_abbrev=False
     )
     commands.add_parser("env", help="show versions and devices", description="Show versions, devices, memory kinds.")
     return parser
@@ -128,6 +132,13 @@ def _launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"cannot start '{args.program[0]}': {error.strerror}; give {known}, or a program") from None
 
 
+def _checkpoint(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    del args
+    from shardadam import checkpoint_cli
+
+    return checkpoint_cli.main(rest)
+
+
 def _env(args: argparse.Namespace, rest: Sequence[str]) -> int:
     del args, rest
     import jax
@@ -169,7 +180,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     return argv[:cut], argv[cut + 1 :]
 
 
-_COMMANDS = {"train": _train, "plan": _plan, "launch": _launch, "env": _env}
+_COMMANDS = {"train": _train, "plan": _plan, "checkpoint": _checkpoint, "launch": _launch, "env": _env}
 
 
 def _exit_code(error: Exception) -> int | None:

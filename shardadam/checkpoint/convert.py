@@ -78,11 +78,11 @@ def import_checkpoint(
     Example:
       >>> import_checkpoint("old/checkpoints", "runs/a/checkpoints", to="train_state")
     """
-    found = find(_path(source), step)
+    found = find(as_path(source), step)
     parts = take_apart(without(found.tree, drop), params, opt_state, optimizer)
     tree, form = _nested(without(found.tree, drop), parts, to, given=params is not None or opt_state is not None)
     at = found.step if found.step is not None else _step_of(parts)
-    target = _path(directory)
+    target = as_path(directory)
     _save_step(target, at, tree, functools.partial(read, chunk_bytes=chunk_bytes))
     return _converted(found, parts, form, target / str(at), at, tree)
 
@@ -125,10 +125,10 @@ def export_checkpoint(
     """
     if dtype is not None and to != "params":
         raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
-    target = _path(path)
+    target = as_path(path)
     if target.exists():
         raise FileExistsError(f"{target}: is there already; give a directory that is not")
-    found = find(_path(source), step)
+    found = find(as_path(source), step)
     tree = without(found.tree, drop)
     parts = take_apart(tree, optimizer=optimizer)
     tree, form = _nested(tree, parts, to)
@@ -173,7 +173,7 @@ def _casting(reader: Reader, dtype: np.dtype) -> Reader:
       CheckpointError: naming the leaf with a finite number that becomes infinite.
     """
 
-    def cast(wanted: Sequence[Leaf]) -> Iterator[jax.Array]:
+    def cast(wanted: Sequence[Leaf]) -> Iterator[jax.Array | np.ndarray]:
         for leaf, x in zip(wanted, reader(wanted), strict=True):
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 yield x
@@ -189,10 +189,21 @@ def _casting(reader: Reader, dtype: np.dtype) -> Reader:
     return cast
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _cast(x: jax.Array, dtype: np.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
-    y, finite = x.astype(dtype), jnp.isfinite(x)
-    return y, jnp.sum(finite & ~jnp.isfinite(y)), jnp.max(jnp.where(finite, jnp.abs(x), 0), initial=0)
+def _cast(x: jax.Array | np.ndarray, dtype: np.dtype) -> tuple[Any, Any, Any]:
+    """An array in another dtype, how many finite elements are infinite there, and the largest finite one."""
+    # What is on the host is wider than what JAX computes in.
+    if not isinstance(x, np.ndarray):
+        return _casts_on_device(x, dtype, jnp)
+    with np.errstate(over="ignore"):
+        return _casts(x, dtype, np)
+
+
+def _casts(x: Any, dtype: np.dtype, xp: Any) -> tuple[Any, Any, Any]:
+    y, finite = x.astype(dtype), xp.isfinite(x)
+    return y, xp.sum(finite & ~xp.isfinite(y)), xp.max(xp.where(finite, xp.abs(x), 0), initial=0)
+
+
+_casts_on_device = jax.jit(_casts, static_argnums=(1, 2))
 
 
 def _converted(source: Source, parts: Parts, form: str, path: epath.Path, step: int, tree: Any) -> Converted:
@@ -201,6 +212,7 @@ def _converted(source: Source, parts: Parts, form: str, path: epath.Path, step: 
     return Converted(source.kind, parts.described(), form, os.fspath(path), step, len(written), nbytes)
 
 
-def _path(name: str | os.PathLike[str]) -> epath.Path:
+def as_path(name: str | os.PathLike[str]) -> epath.Path:
+    """A directory's absolute path, or its URL."""
     text = os.fspath(name)
     return epath.Path(text if "://" in text else os.path.abspath(text))

@@ -17,7 +17,7 @@ from orbax.checkpoint.metadata import ScalarMetadata, StringMetadata
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, split_sharding
 from shardadam.checkpoint.match import CheckpointError
 
-CHUNK_BYTES = 256 * 2**20  # Read together, so that many small leaves do not cost a reading of the metadata each.
+CHUNK_BYTES = 16 * 2**20  # Read together, so that many small leaves do not cost a reading of the metadata each.
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,11 @@ class Leaf:
         return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
 
 
-Reader = Callable[[Sequence[Leaf]], Iterator[jax.Array]]
+class HostLeaf(Leaf):
+    """One whose dtype JAX would make narrower, such as float64: it is read, cast and written by NumPy."""
+
+
+Reader = Callable[[Sequence[Leaf]], Iterator[jax.Array | np.ndarray]]
 
 
 def item_tree(item: epath.Path) -> Any:
@@ -64,13 +68,17 @@ def item_tree(item: epath.Path) -> Any:
         if isinstance(saved, StringMetadata):
             raise CheckpointError(f"{item}: `{'/'.join(names)}`: got a string, and only arrays and numbers are states")
         python = isinstance(saved, ScalarMetadata)
-        return Leaf(item=item, names=names, shape=tuple(saved.shape), dtype=np.dtype(saved.dtype), python=python)
+        dtype = np.dtype(saved.dtype)
+        kind = Leaf if python or jax.dtypes.canonicalize_dtype(dtype) == dtype else HostLeaf
+        return kind(item=item, names=names, shape=tuple(saved.shape), dtype=dtype, python=python)
 
     return jax.tree_util.tree_map_with_path(leaf, _metadata(item), is_leaf=_is_saved)
 
 
-def read(leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES) -> Iterator[jax.Array]:
+def read(leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES) -> Iterator[jax.Array | np.ndarray]:
     """The arrays of leaves, in their order, each split over all devices as far as its dims divide.
+
+    A `HostLeaf`'s is on the host.
 
     Args:
       leaves: of one or several items.
@@ -106,16 +114,18 @@ def handler(reader: Reader) -> ocp.PyTreeCheckpointHandler:
     """Orbax's handler of trees, which also takes `Leaf`s and writes what `reader` reads for them."""
     of = ocp.type_handlers.get_type_handler
     standard = [(kind, of(kind)) for kind in (int, float, np.number, np.ndarray, jax.Array)]
-    registry = ocp.type_handlers.create_type_handler_registry((Leaf, _LeafHandler(reader)), *standard)
+    # The first that fits is taken.
+    ours = [(HostLeaf, _LeafHandler(reader, np.ndarray)), (Leaf, _LeafHandler(reader, jax.Array))]
+    registry = ocp.type_handlers.create_type_handler_registry(*ours, *standard)
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _LeafHandler(ocp.type_handlers.TypeHandler):
-    """Writes leaves as jax.Arrays, by the handler that Orbax has for those, one after the other."""
+    """Writes leaves as arrays, by the handler that Orbax has for their kind, one after the other."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, kind: type) -> None:
         self._reader = reader
-        self._arrays = ocp.type_handlers.get_type_handler(jax.Array)
+        self._arrays = ocp.type_handlers.get_type_handler(kind)
 
     def typestr(self) -> str:
         return self._arrays.typestr()
@@ -137,7 +147,7 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         return await self._arrays.deserialize(infos, args)
 
 
-def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array]:
+def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array | np.ndarray]:
     """The arrays of leaves of one item."""
     item, wanted = chunk[0].item, {leaf.names: leaf for leaf in chunk}
 
@@ -145,6 +155,8 @@ def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array]:
         leaf = wanted.get(ocp.tree.str_keypath(keypath))
         if leaf is None:
             return ocp.PLACEHOLDER
+        if isinstance(leaf, HostLeaf):
+            return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
         # Not uint32, which may be the data of PRNG keys: their last dim must stay whole.
         split = NamedSharding(mesh, P()) if leaf.dtype == np.uint32 else split_sharding(leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
@@ -164,7 +176,7 @@ def number(leaf: Leaf) -> int | float:
     if leaf.shape:
         raise CheckpointError(f"`{leaf.path}`: got shape {leaf.shape}, wanted one number")
     (value,) = read([leaf])
-    found = np.asarray(value.addressable_data(0)).item()
+    found = np.asarray(value if isinstance(value, np.ndarray) else value.addressable_data(0)).item()
     assert isinstance(found, PYTHON_NUMBERS)
     return found
 

@@ -306,3 +306,16 @@ def test_sources_are_not_changed_and_other_meshes_do(tmp_path, data_mesh):
     like = {"params": like.params, "opt_state": like.opt_state}
     restored = Checkpointer(tmp_path / "ours", plan=tx.plan_of(like["params"])).restore(like)
     assert_same_bits(restored["params"], params)
+
+
+def test_wide_numbers_keep_every_bit(tmp_path):
+    wide = {"w": np.array([1 / 3, 1e-300, 1e300]), "at": np.array([2**40 + 1])}
+    state = {"params": wide, "opt_state": (optax.ScaleByAdamState(jnp.int32(3), mu=wide, nu=wide),)}
+    plain_save(tmp_path / "a", state)
+    import_checkpoint(tmp_path / "a", tmp_path / "ours")
+    export_checkpoint(tmp_path / "ours", tmp_path / "back")
+    assert_same_bits(plain_restore(tmp_path / "back", state), state)
+    with pytest.raises(
+        CheckpointError, match=r"`params/w`: 1 finite numbers, the largest 1e\+300, are infinite in bfloat16"
+    ):
+        export_checkpoint(tmp_path / "ours", tmp_path / "narrow", to="params", dtype="bfloat16")

@@ -1,0 +1,155 @@
+"""`shardadam checkpoint`: what each command prints and its exit code, in this process; memory in one of its own."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from conftest import make_mesh
+from trees import by_path, put, random_tree
+
+import shardadam
+from shardadam.checkpoint import Checkpointer
+from shardadam.checkpoint.digest import host_digest
+from shardadam.cli import main
+
+ROOT = Path(__file__).parents[2]
+SHAPES = {"kernel": (64, 48), "odd": (17, 257), "tiny": (7,)}
+
+
+def state_of(seed, mesh):
+    params = put(random_tree(seed, shapes=SHAPES), mesh)
+    tx = shardadam.adam(1e-2, plan=shardadam.make_plan(params, mesh, min_size=100))
+    moments = tx.init(params)
+    return {"step": seed, "params": params, "opt_state": moments}, tx.plan_of(params)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, data_mesh):
+    """`plain`: a tree of optax's; `ours`: steps 1 and 2 of a Checkpointer."""
+    directory = tmp_path_factory.mktemp("cli")
+    params = put(random_tree(5, shapes=SHAPES), make_mesh({"data": 1}))
+    plain = {"step": 3, "params": params, "opt_state": optax.adam(1e-2).init(params)}
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(directory / "plain", plain)
+    for seed in (1, 2):
+        state, plan = state_of(seed, data_mesh)
+        with Checkpointer(directory / "ours", plan=plan) as checkpointer:
+            checkpointer.save(seed, state)
+    return directory, plain
+
+
+@pytest.fixture
+def run(runs, tmp_path, capsys, monkeypatch):
+    """`run("list ours --json")`: (exit code, what was printed); paths are below the fixture's directory."""
+    monkeypatch.chdir(runs[0])
+
+    def run(line, code=0):
+        got = main(["checkpoint", *shlex.split(line.replace("TMP", str(tmp_path)))])
+        shown = capsys.readouterr()
+        assert got == code, shown.err
+        assert "Traceback" not in shown.err
+        return shown.err if code == 2 else json.loads(shown.out) if "--json" in line else shown.out
+
+    return run
+
+
+def test_list(run):
+    first, second = run("list ours --json")
+    assert (first["step"], second["step"]) == (1, 2)
+    files = [path for path in Path("ours/1").rglob("*") if path.is_file()]
+    assert (first["num_files"], first["nbytes"]) == (len(files), sum(path.stat().st_size for path in files))
+    assert [line.split()[0] for line in run("list ours").splitlines()] == ["step", "1", "2"]
+
+
+def test_show_names_every_leaf_with_the_digest_that_its_bits_have(run, runs):
+    found = run("show plain --digests --json")
+    assert found["form"] == "train_state: 3 parameters, optimizer (ScaleByAdamState, -)"
+    rows = {row["leaf"]: row for row in found["leaves"]}
+    wanted = by_path(runs[1]["params"])
+    assert len(rows) == 3 * 3 + 2
+    for name, x in wanted.items():
+        row = rows[f"params/{name}"]
+        assert (row["dtype"], row["shape"], row["nbytes"]) == ("float32", list(x.shape), x.nbytes)
+        assert row["digest"] == host_digest(np.asarray(x), f"params/{name}").text
+        assert row["num_nonfinite"] == 0
+    text = run("show ours")
+    assert "ours/2: step 2 (of 2), item 'state'" in text
+    assert "digest" not in text
+
+
+def test_import_and_export_leave_every_digest_as_it_was(run):
+    digests = {row["leaf"]: row["digest"] for row in run("show plain --digests --json")["leaves"]}
+    written = run("import plain TMP/ours --json")
+    assert (written["step"], written["num_leaves"], written["form"]) == (3, 11, "train_state")
+    imported = run("show TMP/ours/3 --digests --json")["leaves"]
+    assert {row["leaf"]: row["digest"] for row in imported} == digests
+    assert "written" in run("export TMP/ours TMP/back")
+    exported = run("show TMP/back --digests --json")["leaves"]
+    assert {row["leaf"]: row["digest"] for row in exported} == digests
+    assert run("diff plain TMP/back") == "11 leaves are equal, 0 are not\n"
+
+
+def test_parameters_alone_for_serving(run, runs):
+    run("export plain TMP/serving --to params --dtype bfloat16")
+    rows = {row["leaf"]: row for row in run("show TMP/serving --digests --json")["leaves"]}
+    for name, x in by_path(runs[1]["params"]).items():
+        assert rows[name]["digest"] == host_digest(np.asarray(x.astype(jnp.bfloat16)), name).text
+    assert set(rows) == set(SHAPES)
+
+
+def test_diff_says_where_and_by_how_much(run, runs, tmp_path):
+    tree = jax.tree.map(lambda x: x, runs[1])
+    kernel = np.asarray(tree["params"]["kernel"]).copy()
+    kernel[3, 4] += 0.5
+    kernel[5, 6] = np.nan
+    tree["params"] |= {"kernel": kernel, "odd": tree["params"]["odd"].astype(jnp.bfloat16), "new": np.ones(2)}
+    tree["params"]["tiny"] = np.zeros(8, np.float32)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "other", tree)
+    text = run("diff plain TMP/other", code=1)
+    assert text.splitlines() == [
+        "params/odd: float32[17, 257] in a, bfloat16[17, 257] in b",
+        "params/tiny: float32[7] in a, float32[8] in b",
+        "params/new: only in b: float64[2]",
+        "params/kernel: 2 elements of float32[64, 48] differ, by up to 0.5",
+        "8 leaves are equal, 4 are not",
+    ]
+    found = run("diff plain TMP/other --json", code=1)
+    assert [(row["what"], row["num_different"]) for row in found["leaves"]][2:] == [("only in b", None), ("values", 2)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("list nowhere", "shardadam checkpoint list: .*nowhere: no such directory"),
+        ("show nowhere", "nowhere: no such directory"),
+        ("import ours/1 ours", "step 1: .* holds step 2 already"),
+        ("export ours plain", "plain: is there already"),
+        ("export ours TMP/x --step 9", r"step 9: not in .*, which holds \[1, 2\]"),
+        ("export ours TMP/x --dtype float16", "only to='params' can be cast"),
+        ("import plain TMP/x --drop params/none", "--drop params/none: not in the checkpoint"),
+    ],
+)
+def test_what_cannot_be_done_is_exit_code_2_and_a_message(run, line, message):
+    assert re.search(message, run(line, code=2))
+
+
+def test_help_waits_for_no_heavy_import():
+    code = (
+        "import sys, contextlib, io\n"
+        "from shardadam.cli import main\n"
+        "for argv in (['checkpoint', '--help'], ['checkpoint', 'import', '--help']):\n"
+        "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(argv)\n"
+        "print([m for m in ('jax', 'flax', 'orbax', 'optax', 'numpy', 'pydantic') if m in sys.modules])\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True, timeout=60)
+    assert ran.stdout.strip() == "[]"
