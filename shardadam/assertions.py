@@ -14,6 +14,7 @@ from shardadam.layout import LeafPlan
 from shardadam.plan import Plan
 
 _WANTED = ("all-reduce", "reduce-scatter", "all-gather")
+_SCALARS = 64  # XLA:GPU joins all-reduces of scalars into one of a short array: up to here they count as scalars.
 
 
 def assert_collectives(
@@ -76,7 +77,7 @@ def assert_collectives(
         faults += [
             f"{x.dtype} on the wire, wider than {wanted} bytes: {op}"
             for x in op.operands
-            if x.size > 1 and x.bits > 8 * wanted
+            if x.size > _SCALARS and x.bits > 8 * wanted
         ]
     faults += _excess(ours, _budget(plan, stage, num_reductions, reduce_dtype, least), max_ratio)
     if faults:
@@ -101,8 +102,8 @@ def axes_of(op: CollectiveOp, plan: Plan) -> set[str]:
 
 def _may_be_whole(op: CollectiveOp, plan: Plan) -> bool:
     """Whether all that is reduced are scalars and leaves that stay whole, or layers of such."""
-    allowed = {1, *(size for leaf in plan.leaves.values() if leaf.num_shards == 1 for size in _sizes(leaf))}
-    return all(x.size in allowed for x in op.operands)
+    allowed = {size for leaf in plan.leaves.values() if leaf.num_shards == 1 for size in _sizes(leaf)}
+    return all(x.size <= _SCALARS or x.size in allowed for x in op.operands)
 
 
 def _sizes(leaf: LeafPlan) -> Iterator[int]:
@@ -113,7 +114,7 @@ def _sizes(leaf: LeafPlan) -> Iterator[int]:
 def _budget(plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dtype: Any, least: int) -> int:
     """The plan's bytes on the wire; with `least`, no element has fewer bytes than that."""
     if least:
-        reduce_dtype = jnp.promote_types(reduce_dtype, jnp.float32) if reduce_dtype is not None else None
+        reduce_dtype = None if reduce_dtype is None else _widest(jnp.dtype(reduce_dtype))
         plan = _widened(plan)
     found = estimate_bytes(plan, stage=stage, reduce_dtype=reduce_dtype)
     return num_reductions * found.reduce_bytes + found.gather_bytes
@@ -121,16 +122,17 @@ def _budget(plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dty
 
 def _widened(plan: Plan) -> Plan:
     """The plan as if every leaf were of float32, or of what it has that is wider."""
-    items = tuple(
-        (path, dataclasses.replace(leaf, dtype=np.dtype(jnp.promote_types(leaf.dtype, jnp.float32))))
-        for path, leaf in plan.items
-    )
+    items = tuple((path, dataclasses.replace(leaf, dtype=_widest(leaf.dtype))) for path, leaf in plan.items)
     return dataclasses.replace(plan, items=items)
+
+
+def _widest(dtype: np.dtype) -> np.dtype:
+    return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
 def _excess(ops: list[CollectiveOp], budget: int, max_ratio: float) -> list[str]:
     """What is wrong with the bytes of all collectives but those of scalars."""
-    arrays = [op for op in ops if any(x.size > 1 for x in op.operands)]
+    arrays = [op for op in ops if any(x.size > _SCALARS for x in op.operands)]
     unknown = [op for op in arrays if op.total_wire_bytes is None]
     if unknown:
         return [f"in a loop whose trip count is not in the program, so its bytes are not known: {op}" for op in unknown]

@@ -1,0 +1,87 @@
+"""The small cases whose collectives, bytes and memory are held equal to what tests/goldens has; run, it renews them."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+from shardadam.topology import compile_for
+
+HERE = Path(__file__).parent
+GOLDENS = HERE.parent / "goldens"
+TEXTS = HERE.parent / "hlo" / "texts"
+PROGRAMS = HERE / "programs.py"
+ND = "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"
+
+# name: (topology, slices, builder, its kwargs, compiler options)
+CASES = {
+    "tpu": {
+        "v5e plain collectives": ("v5e:4x4", 1, "plain_collectives", {}, {}),
+        "v5e step joint": ("v5e:4x4", 1, "train_step", {}, {}),
+        "v5e step per axis": ("v5e:4x4", 1, "train_step", {"per_axis": True}, {}),
+        "v5e step joint nd": ("v5e:4x4", 1, "train_step", {}, {ND: True}),
+        "v5e optax": ("v5e:4x4", 1, "optax_step", {}, {}),
+        "v5p step joint": ("v5p:2x2x4", 1, "train_step", {}, {}),
+        "v5p step per axis": ("v5p:2x2x4", 1, "train_step", {"per_axis": True}, {}),
+        "v6e step per axis": ("v6e:4x4", 1, "train_step", {"per_axis": True}, {}),
+        "tpu7x step per axis": ("tpu7x:2x2x2", 1, "train_step", {"per_axis": True}, {}),
+        "2 slices of v5e": ("v5e:4x4", 2, "train_step", {"per_axis": True}, {}),
+    },
+    "gpu": {
+        "h100 plain collectives": ("h100:1x1x8", 1, "plain_collectives", {}, {}),
+        "h100 step joint": ("h100:1x1x8", 1, "train_step", {}, {}),
+        "h100 optax": ("h100:1x2x8", 1, "optax_step", {}, {}),
+        "h100 step stage 1": ("h100:1x2x8", 1, "train_step", {"stage": 1}, {}),
+    },
+}
+# The texts that are kept whole, for the tests of shardadam.hlo to read without a compiler.
+KEPT = ("v5e plain collectives", "v5e step joint", "v5e step per axis", "h100 plain collectives", "h100 step joint")
+
+
+def compiled(platform, name, **options):
+    topology, num_slices, function, kwargs, compiler_options = CASES[platform][name]
+    return compile_for(
+        topology,
+        f"{PROGRAMS}:{function}",
+        kwargs=kwargs,
+        num_slices=num_slices,
+        compiler_options=compiler_options,
+        **options,
+    )
+
+
+def record(found):
+    """What is held equal: all but names and times."""
+    ops = [
+        f"{op.times} x {'async ' if op.is_async else ''}{op.op} of {' '.join(op.dtypes)} {op.operand_bytes:,} bytes, "
+        f"{op.wire_bytes:,} on the wire, {len(op.groups)} groups of {op.group_size}{', in a loop' if op.loop else ''}"
+        for op in found.collectives
+    ]
+    memory = {**found.memory._asdict(), "not_donated": list(found.memory.not_donated)}
+    return {"num_devices": found.num_devices, "memory": memory, "collectives": sorted(ops)}
+
+
+def text_path(name):
+    return TEXTS / f"{name.replace(' ', '_')}.txt.gz"
+
+
+def renew(platform):
+    GOLDENS.mkdir(exist_ok=True)
+    TEXTS.mkdir(exist_ok=True)
+    cases = {}
+    for name in CASES[platform]:
+        found = compiled(platform, name)
+        print(f"{name}: {found.seconds:.1f} s", flush=True)
+        cases[name] = record(found)
+        if name in KEPT:
+            text_path(name).write_bytes(gzip.compress(found.text.encode(), mtime=0))
+    golden = {"versions": found.versions, "cases": cases}
+    (GOLDENS / f"{platform}.json").write_text(json.dumps(golden, indent=1) + "\n")
+    pins = [f"{name}=={version}" for name, version in found.versions.items()]
+    (GOLDENS / f"{platform}.txt").write_text("\n".join(pins) + "\n")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["tpu"], ["gpu"]):
+        sys.exit("goldens: say which: tpu or gpu")
+    renew(sys.argv[1])

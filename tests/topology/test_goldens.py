@@ -1,0 +1,75 @@
+"""What the TPU and GPU compilers make of small steps, equal to what was recorded: where a compiler is installed."""
+
+import importlib.metadata
+import json
+
+import pytest
+from goldens import CASES, GOLDENS, compiled, record
+
+from shardadam.topology import CompilationError
+
+PACKAGE = {"tpu": "libtpu", "gpu": "jax-cuda12-plugin"}
+
+
+def installed(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def needs(platform):
+    return pytest.mark.skipif(
+        installed(PACKAGE[platform]) is None, reason=f"needs the extra aot-{platform}: {PACKAGE[platform]}"
+    )
+
+
+CASE_MARKS = [pytest.param(p, name, id=name, marks=needs(p)) for p, cases in CASES.items() for name in cases]
+
+
+@pytest.mark.parametrize(("platform", "name"), CASE_MARKS)
+def test_equal_to_the_golden(platform, name, tmp_path):
+    golden = json.loads((GOLDENS / f"{platform}.json").read_text())
+    versions = {package: installed(package) for package in golden["versions"]}
+    if versions != golden["versions"]:
+        pytest.skip(f"recorded with {golden['versions']}, here are {versions}")
+    found = compiled(platform, name, cache_dir=tmp_path)
+    assert found.versions == golden["versions"]
+    assert record(found) == golden["cases"][name], f"./scripts/goldens {platform} renews it, if that is meant"
+
+
+@pytest.mark.skipif(installed("libtpu") is None, reason="needs the extra aot-tpu: libtpu")
+def test_a_second_time_comes_from_the_cache_and_an_option_does_not(tmp_path):
+    first = compiled("tpu", "v5e step joint", cache_dir=tmp_path)
+    again = compiled("tpu", "v5e step joint", cache_dir=tmp_path)
+    other = compiled("tpu", "v5e step joint nd", cache_dir=tmp_path)
+    assert again == first  # Its seconds as well: it was not compiled again.
+    assert other.key != first.key
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.num_devices == 16
+    assert first.memory.donation_complete
+
+
+@pytest.mark.skipif(installed("libtpu") is None, reason="needs the extra aot-tpu: libtpu")
+def test_what_a_builder_raises_is_told():
+    from shardadam.topology import compile_for
+
+    with pytest.raises(CompilationError, match=r"v5e:2x2: TypeError: .*no_such_argument"):
+        compile_for("v5e:2x2", "shardadam.topology.names:parse_topology", kwargs={"no_such_argument": 1})
+
+
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_there_is_a_golden_for_every_case(platform):
+    golden = json.loads((GOLDENS / f"{platform}.json").read_text())
+    assert list(golden["cases"]) == list(CASES[platform])
+    pins = (GOLDENS / f"{platform}.txt").read_text().split()
+    assert pins == [f"{name}=={version}" for name, version in golden["versions"].items()]
+
+
+def test_reduce_scatters_are_real_on_every_tpu_when_axes_are_the_torus():
+    golden = json.loads((GOLDENS / "tpu.json").read_text())["cases"]
+    for name in (name for name in golden if "per axis" in name):
+        ops = golden[name]["collectives"]
+        assert any("reduce-scatter" in op for op in ops), name
+        assert not any("all-reduce" in op and "in a loop" in op for op in ops), name
+        assert golden[name]["memory"]["not_donated"] == [], name
