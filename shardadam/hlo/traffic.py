@@ -132,17 +132,17 @@ def _walk(program: Program, name: str, place: _Place) -> Iterator[CollectiveOp]:
             trips = trip_count(program, computation, x)
             times = None if trips is None or place.times is None else trips * place.times
             yield from _walk(program, x.called("body")[0], place._replace(times=times, loop=x.name))
-        elif x.op == "fusion" and not _continues(program, x):
-            starts = any(
-                '"AsyncCollectiveStart"' in y.rest for y in program.computations[x.called("calls")[0]].values()
-            )
-            yield from _walk(program, x.called("calls")[0], place._replace(is_async=place.is_async or starts))
-        elif x.op == "async-start":
-            yield from _walk(program, x.called("calls")[0], place._replace(is_async=True))
-        elif x.op in ("call", "conditional", "custom-call"):
-            called = ("to_apply", "branch_computations", "true_computation", "false_computation", "called_computations")
-            for callee in x.called(*called):
-                yield from _walk(program, callee, place)
+        elif not _continues(program, x):
+            starts = x.op.endswith("-start") or _starts(program, x)
+            for callee in _callees(x):
+                yield from _walk(program, callee, place._replace(is_async=place.is_async or starts))
+
+
+def _callees(x: Instruction) -> list[str]:
+    """All computations that an instruction runs, whatever its op: fusions, calls, branches, TPU's `call-start`, ..."""
+    return x.called(
+        "calls", "to_apply", "branch_computations", "true_computation", "false_computation", "called_computations"
+    )
 
 
 def _collective(program: Program, computation: Computation, x: Instruction, place: _Place) -> CollectiveOp:
@@ -191,14 +191,22 @@ def _all_reduce_scatter(program: Program, x: Instruction) -> tuple[Computation, 
     return (inside, sliced) if sliced is not None and sliced.op == "all-reduce" else None
 
 
+def _starts(program: Program, x: Instruction) -> bool:
+    """Whether a TPU fusion starts an async collective."""
+    return x.op == "fusion" and any(
+        '"AsyncCollectiveStart"' in y.rest for name in _callees(x) for y in program.computations[name].values()
+    )
+
+
 def _continues(program: Program, x: Instruction) -> bool:
     """Whether a TPU fusion goes on with, or ends, an async collective that another one started.
 
     The collective is written once more in each of a chain's fusions, with the chain's number.
     """
-    inside = program.computations[x.called("calls")[0]].values()
-    chained = any("chain_id=" in y.rest and y.op in OPS for y in inside)
-    return chained and not any('"AsyncCollectiveStart"' in y.rest for y in inside)
+    if x.op != "fusion":
+        return False
+    inside = [y for name in _callees(x) for y in program.computations[name].values()]
+    return any("chain_id=" in y.rest and y.op in OPS for y in inside) and not _starts(program, x)
 
 
 def _source(x: Instruction) -> str:

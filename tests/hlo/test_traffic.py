@@ -114,3 +114,14 @@ def test_what_is_no_program_is_refused():
         shardadam.collectives("HloModule nothing")
     with pytest.raises(ValueError, match="no ENTRY computation"):
         parse("a line\nanother")
+
+
+def test_what_a_sparse_core_does_is_found_and_async():
+    # `call-start` of a computation that is one collective, as tpu7x has them for everything large.
+    found = shardadam.collectives(text("tpu7x_step_per_axis"))
+    scattered = [op for op in found if op.op == "reduce-scatter"]
+    assert [op.group_size for op in scattered] == [2] * 8
+    assert {(op.times, op.is_async) for op in scattered} == {(3, True)}
+    assert sum(op.operand_bytes for op in scattered) == 2 * LAYER * (1 + 1 / 2 + 1 / 4 + 1 / 8)
+    gathers = [op for op in found if op.op == "all-gather"]
+    assert sum(op.operand_bytes for op in gathers) == 3 * 2 * LAYER // 16

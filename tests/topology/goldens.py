@@ -35,7 +35,14 @@ CASES = {
     },
 }
 # The texts that are kept whole, for the tests of shardadam.hlo to read without a compiler.
-KEPT = ("v5e plain collectives", "v5e step joint", "v5e step per axis", "h100 plain collectives", "h100 step joint")
+KEPT = (
+    "tpu7x step per axis",
+    "v5e plain collectives",
+    "v5e step joint",
+    "v5e step per axis",
+    "h100 plain collectives",
+    "h100 step joint",
+)
 
 
 def compiled(platform, name, **options):
