@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
-from shardadam.gradients import Region, block_spec, block_to_state, scatter_leaf
+from shardadam.apply import apply_on_shards
+from shardadam.blocks import block_spec, block_to_state, scatter_leaf
+from shardadam.gradients import region_of
 from shardadam.sharding import map_leaves
-from shardadam.step import apply_on_shards
 from shardadam.topology import Target
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -157,7 +158,7 @@ def optax_applied(state: Any, tx: Any, grads: Any) -> Any:
 def sharded_update(state: Any, tx: Any, data: tuple[str, ...], collective: str, stage: int) -> Any:
     """This project: gradients reduced onto shards (stage 1: whole), Adam on shards, parameters gathered."""
     plan = state.plan
-    region = Region(plan.mesh, data, collective, None)
+    region = region_of(plan, collective, None)
 
     def reduced(leaf: Any, g: Any) -> Any:
         if stage == 1:
@@ -184,7 +185,9 @@ def sharded_update(state: Any, tx: Any, data: tuple[str, ...], collective: str, 
 
     def update(state: Any, grads: Any) -> Any:
         grads = map_leaves(lambda leaf, g, path: reduced(leaf, g), grads, plan)
-        done = apply_on_shards(grads, state.opt_state, state.params, tx=tx, plan=plan, scattered=stage != 1)
+        done = apply_on_shards(
+            grads, state.opt_state, state.params, tx=tx, plan=plan, scattered=stage != 1, collective=region.collective
+        )
         return state.replace(step=state.step + 1, params=done.params, opt_state=done.opt_state)
 
     return jax.jit(update, donate_argnums=0)

@@ -72,7 +72,7 @@ def text_path(name):
     return TEXTS / f"{name.replace(' ', '_')}.txt.gz"
 
 
-def renew(platform):
+def renew(platform, texts):
     GOLDENS.mkdir(exist_ok=True)
     TEXTS.mkdir(exist_ok=True)
     cases = {}
@@ -80,7 +80,7 @@ def renew(platform):
         found = compiled(platform, name)
         print(f"{name}: {found.seconds:.1f} s", flush=True)
         cases[name] = record(found)
-        if name in KEPT:
+        if texts and name in KEPT:
             text_path(name).write_bytes(gzip.compress(found.text.encode(), mtime=0))
     golden = {"versions": found.versions, "cases": cases}
     (GOLDENS / f"{platform}.json").write_text(json.dumps(golden, indent=1) + "\n")
@@ -89,6 +89,6 @@ def renew(platform):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] not in (["tpu"], ["gpu"]):
-        sys.exit("goldens: say which: tpu or gpu")
-    renew(sys.argv[1])
+    if sys.argv[1:2] not in (["tpu"], ["gpu"]) or sys.argv[2:] not in ([], ["--texts"]):
+        sys.exit("goldens: say which, tpu or gpu; and --texts to renew the kept texts as well")
+    renew(sys.argv[1], texts=sys.argv[2:] == ["--texts"])
