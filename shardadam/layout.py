@@ -1,6 +1,7 @@
 """How one leaf of the state lies: its `LeafPlan`, and the inverse pair `pack` / `unpack` behind the packed layout."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Literal
@@ -20,38 +21,42 @@ Entries = tuple[tuple[str, ...], ...]
 def choose_lanes(part_size: int, num_shards: int) -> int:
     """How wide the rows are that `part_size` elements are folded to: 1024, or what splits them nearly evenly.
 
-    Rows of 1024 are taken where they waste at most MAX_WASTE of the leaf. Else a shard has as few rows as 1024 lanes
-    would need, and just so many lanes that its elements fit: that wastes less than one element per row.
-
     Args:
       part_size: elements to fold, 0 included.
       num_shards: how many blocks of rows they are split into.
 
     Returns:
-      1 to 1024.
+      1024 where that wastes at most MAX_WASTE of a shard; never more than 2048.
 
     Example:
       >>> choose_lanes(8192 * 28672, num_shards=256), choose_lanes(17 * 257, num_shards=8)
       (1024, 547)
     """
-    rows = _rows_per_shard(part_size, num_shards)
-    if rows * LANES * num_shards <= part_size * (1 + MAX_WASTE):
-        return LANES
-    return max(1, -(-part_size // (num_shards * rows)))
+    return _fold(-(-part_size // num_shards))[1]
 
 
 def num_rows(part_size: int, num_shards: int) -> int:
     """Rows of `choose_lanes` elements that hold `part_size` elements; `num_shards` divides them."""
-    return _rows_per_shard(part_size, num_shards) * num_shards
-
-
-def _rows_per_shard(part_size: int, num_shards: int) -> int:
-    return max(1, -(-part_size // (LANES * num_shards)))
+    return _fold(-(-part_size // num_shards))[0] * num_shards
 
 
 def could_be_packed(rows: int, lanes: int) -> bool:
-    """Whether `pack` folds anything to `rows` rows per shard of `lanes` lanes: many an unpacked array has such, too."""
-    return rows * lanes > 0 and (rows - 1) * LANES < rows * lanes <= rows * LANES
+    """Whether `pack` folds some shard to just these rows and lanes: many an array that is not packed has such, too."""
+    if lanes == LANES or not (0 < lanes <= 2 * LANES and rows < 2 * LANES):
+        return lanes == LANES and rows > 0
+    return any(_fold(size) == (rows, lanes) for size in range(rows * lanes, rows * (lanes - 1), -1))
+
+
+@functools.lru_cache(maxsize=2**14)
+def _fold(shard_size: int) -> tuple[int, int]:
+    """Rows and lanes of one shard: 1024 lanes, else of the numbers of rows near that the first that wastes far less."""
+    fewest = max(1, -(-shard_size // LANES))
+    bearable = shard_size * MAX_WASTE
+    if fewest * LANES - shard_size <= bearable:
+        return fewest, LANES
+    near = range(max(1, fewest - 1), min(2 * fewest, fewest + 32))
+    rows = min(near, key=lambda rows: max(-shard_size % rows, bearable / 4))
+    return rows, max(1, -(-shard_size // rows))
 
 
 def pack(x: jax.Array, num_shards: int, stacked_dims: int = 0) -> jax.Array:
