@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from shardadam.assertions import assert_collectives
     from shardadam.checkpoint import Checkpointer
     from shardadam.estimate import Estimate, estimate_bytes
-    from shardadam.gradients import gather, value_and_grad
+    from shardadam.gradients import total_and_weight, value_and_grad
+    from shardadam.handles import gather
     from shardadam.hlo import CollectiveOp, Memory, collectives, memory
     from shardadam.layout import LeafPlan, pack, unpack
     from shardadam.optimizer import adam, adamw, nadam, nadamw, scale_by_adam
@@ -41,7 +42,7 @@ _HOME = {
     "check_replicas": "replicas",
     "collectives": "hlo",
     "estimate_bytes": "estimate",
-    "gather": "gradients",
+    "gather": "handles",
     "make_plan": "plan",
     "make_train_step": "step",
     "memory": "hlo",
@@ -50,6 +51,7 @@ _HOME = {
     "pack": "layout",
     "pack_params": "params",
     "scale_by_adam": "optimizer",
+    "total_and_weight": "gradients",
     "unpack": "layout",
     "unpack_params": "params",
     "value_and_grad": "gradients",
@@ -81,6 +83,7 @@ __all__ = [
     "pack",
     "pack_params",
     "scale_by_adam",
+    "total_and_weight",
     "unpack",
     "unpack_params",
     "value_and_grad",

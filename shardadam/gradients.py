@@ -1,4 +1,4 @@
-"""`value_and_grad` whose gradients end as shards in the state's layout, and `gather`: where they are reduced."""
+"""`value_and_grad` whose gradients end as shards in the state's layout, and `total_and_weight`: the loss alone."""
 
 import functools
 from collections.abc import Callable
@@ -17,55 +17,12 @@ from shardadam.blocks import (
     scatter_leaf,
     state_to_block,
 )
-from shardadam.communication import Collective, resolve_collective, tap
+from shardadam.communication import Collective, resolve_collective
+from shardadam.handles import handles
 from shardadam.layout import LeafPlan, entries
 from shardadam.plan import Plan
 from shardadam.sharding import map_leaves
 from shardadam.validation import check_batch, check_choice, check_count
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["held", "block"], meta_fields=["in_shards", "leaf", "region"]
-)
-class Gatherable:
-    """A parameter inside a loss that `gather` has not been called on yet: a pytree node, which a scan can slice."""
-
-    def __init__(self, held: jax.Array, block: jax.Array, in_shards: bool, leaf: LeafPlan, region: Region) -> None:
-        self.held, self.block, self.in_shards, self.leaf, self.region = held, block, in_shards, leaf, region
-
-    def whole(self) -> jax.Array:
-        """The parameter; its gradient is reduce-scattered onto `block`."""
-        held = gather_leaf(self.held, leaf=self.leaf, region=self.region) if self.in_shards else self.held
-        return tap(held, self.block, functools.partial(scatter_leaf, leaf=self.leaf, region=self.region))
-
-
-def gather(params: Any) -> Any:
-    """Parameters to compute with: to be called inside the body of a scan over stacked layers.
-
-    `value_and_grad` and `make_train_step` call it themselves on every leaf that stacks no layers. Those that do
-    (`make_plan(..., stacked_dims=...)`) reach the loss as handles that `lax.scan` slices; gathered in its body, a
-    layer's gradient is reduce-scattered inside the backward scan. At stage 3 a layer is all-gathered there too; with
-    `jax.checkpoint` around the body it is not kept for the backward pass, but gathered once more.
-
-    Args:
-      params: a tree of arrays and handles. Arrays are returned as they are, so that the same model runs without a step.
-
-    Returns:
-      The tree with an array for each handle.
-
-    Example:
-      >>> def body(h, layer):
-      ...     layer = shardadam.gather(layer)
-      ...     return jnp.tanh(h @ layer["w"]), None
-      >>> layers = {"w": jnp.zeros((3, 4, 4))}
-      >>> jax.lax.scan(body, jnp.ones((2, 4)), layers)[0].shape
-      (2, 4)
-    """
-
-    def is_handle(x: Any) -> bool:
-        return isinstance(x, Gatherable)
-
-    return jax.tree.map(lambda x: x.whole() if is_handle(x) else x, params, is_leaf=is_handle)
 
 
 def value_and_grad(
@@ -126,19 +83,60 @@ def value_and_grad(
 
     def run(params: Any, batch: Any, *args: Any, loss_scale: Any = None) -> tuple[Any, Any]:
         check_batch(batch, region.num_devices, num_microbatches)
-        blocks = map_leaves(lambda leaf, x, path: part_of_spec(block_spec(leaf), region.manual), params, plan)
-        if in_shards:
-            params = map_leaves(functools.partial(_to_block, plan), params, plan)
+        blocks = _block_specs(params, plan, region)
+        params, specs = _enter(params, plan, region, in_shards)
         loss, aux, grads = jax.shard_map(
             local,
             mesh=plan.mesh,
-            in_specs=(blocks if in_shards else P(), P(region.manual), P(), P()),
+            in_specs=(specs, P(region.manual), P(), P()),
             out_specs=(P(), P(), blocks),
             axis_names=set(region.manual),
             check_vma=False,
         )(params, batch, args, loss_scale)
         grads = map_leaves(lambda leaf, x, path: block_to_state(x, leaf, plan.mesh), grads, plan)
         return ((loss, aux) if has_aux else loss), grads
+
+    return run
+
+
+def total_and_weight(
+    loss_fn: Callable[..., Any],
+    plan: Plan,
+    *,
+    stage: Literal[2, 3] = 2,
+    collective: Literal["joint", "per_axis", "auto"] = "auto",
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The loss over a mesh without its gradients, for evaluation: what `value_and_grad` divides one by the other.
+
+    Args:
+      loss_fn: see `value_and_grad`; it returns no aux.
+      plan: of the parameters.
+      stage: see `value_and_grad`.
+      collective: see `value_and_grad`.
+
+    Returns:
+      A function of (params, batch, *args) that returns two float32 scalars: the sum over all devices, and the weight.
+      Of a mean these are the sum of the devices' means, and the number of devices.
+    """
+    check_choice("stage", stage, (2, 3))
+    region = region_of(plan, collective, None)
+
+    def local(params: Any, batch: Any, args: tuple[Any, ...]) -> Any:
+        zeros = map_leaves(lambda leaf, x, path: _zero_block(x, leaf, region, stage == 3), params, plan)
+        total, weight = _as_sum(loss_fn(handles(params, zeros, plan, region, stage == 3), batch, *args))
+        return jax.lax.psum((total, weight), region.manual)
+
+    def run(params: Any, batch: Any, *args: Any) -> tuple[jax.Array, jax.Array]:
+        check_batch(batch, region.num_devices, 1)
+        params, specs = _enter(params, plan, region, stage == 3)
+        return jax.shard_map(
+            local,
+            mesh=plan.mesh,
+            in_specs=(specs, P(region.manual), P()),
+            out_specs=P(),
+            axis_names=set(region.manual),
+            check_vma=False,
+        )(params, batch, args)
 
     return run
 
@@ -158,6 +156,18 @@ def region_of(plan: Plan, collective: Literal["joint", "per_axis", "auto"], redu
         )
     resolved: Collective = resolve_collective(collective, plan.mesh, plan.axis_names)
     return Region(plan.mesh, manual, resolved, reduce_dtype)
+
+
+def _block_specs(params: Any, plan: Plan, region: Region) -> Any:
+    """How blocks of parameters, or of gradients, leave and enter a region."""
+    return map_leaves(lambda leaf, x, path: part_of_spec(block_spec(leaf), region.manual), params, plan)
+
+
+def _enter(params: Any, plan: Plan, region: Region, in_shards: bool) -> tuple[Any, Any]:
+    """The parameters as they enter a region, and their specs: whole, or as blocks."""
+    if not in_shards:
+        return params, P()
+    return map_leaves(functools.partial(_to_block, plan), params, plan), _block_specs(params, plan, region)
 
 
 def _to_block(plan: Plan, leaf: LeafPlan, x: jax.Array, path: str) -> jax.Array:
@@ -187,12 +197,11 @@ def _local_sums(
     scale = 1.0 if loss_scale is None else loss_scale
 
     def summed(variables: Any, microbatch: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
-        given = _handles(params, variables, plan, region, in_shards) if tapped else variables
+        given = handles(params, variables, plan, region, in_shards) if tapped else variables
         out = loss_fn(given, microbatch, *args)
         loss, aux = out if has_aux else (out, None)
-        total, weight = loss if isinstance(loss, tuple) else (loss, 1.0)
-        total = total.astype(jnp.float32)
-        return total * scale, (total, jnp.asarray(weight, jnp.float32), aux)
+        total, weight = _as_sum(loss)
+        return total * scale, (total, weight, aux)
 
     if tapped:
         variables = map_leaves(lambda leaf, x, path: _zero_block(x, leaf, region, in_shards), params, plan)
@@ -218,14 +227,10 @@ def _local_sums(
     return total / weight, aux, jax.tree.map(lambda g: g.astype(_wide(g)) / (weight * scale), grads)
 
 
-def _handles(params: Any, blocks: Any, plan: Plan, region: Region, in_shards: bool) -> Any:
-    """What the loss gets: arrays, gathered and tapped, and handles for leaves that stack layers."""
-
-    def one(x: jax.Array, block: jax.Array, leaf: LeafPlan) -> Any:
-        handle = Gatherable(x, block, in_shards, leaf, region)
-        return handle if leaf.stacked_dims else handle.whole()
-
-    return jax.tree.map(one, params, blocks, map_leaves(lambda leaf, x, path: leaf, params, plan))
+def _as_sum(loss: Any) -> tuple[jax.Array, jax.Array]:
+    """What a loss function returned as (sum, weight) in float32: a mean is a sum of weight 1."""
+    total, weight = loss if isinstance(loss, tuple) else (loss, 1.0)
+    return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
 
 
 def _zero_block(x: jax.Array, leaf: LeafPlan, region: Region, in_shards: bool) -> jax.Array:

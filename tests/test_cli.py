@@ -41,9 +41,9 @@ class TestOverrides:
         assert (config.model.num_layers, config.model.remat, config.model.d_model) == (3, True, 16)
 
     def test_none(self, config_file):
-        config = read_config("train", config_file, ["--data.files", "None", "--optimizer.clip-norm", "None"])
+        config = read_config("train", config_file, ["--data.files", "None", "--train-step.max-grad-norm", "None"])
         assert config.data.files is None
-        assert config.optimizer.clip_norm is None
+        assert config.train_step.max_grad_norm is None
 
     @pytest.mark.parametrize(
         ("arguments", "parts"),
@@ -71,7 +71,7 @@ class TestOverrides:
             "--mesh",
             "--model.num-layers",
             "--data.files",
-            "--optimizer.clip-norm",
+            "--train-step.max-grad-norm",
             "(default: 2)",
         ):
             assert part in shown

@@ -1,7 +1,7 @@
 """From a config to what it trains: the plan, the sharded state at step 0, the jitted step."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +12,9 @@ from jax.typing import ArrayLike
 import shardadam
 from shardadam.plan import path_name
 from shardadam.trainer import model
-from shardadam.trainer.config import OptimizerConfig, TrainConfig
+from shardadam.trainer.config import OptimizerConfig, StepConfig, TrainConfig
 from shardadam.trainer.data import Batch
 from shardadam.trainer.devices import planned_mesh
-
-
-class StepMetrics(NamedTuple):
-    """What a step tells of itself; each a float32 scalar on the devices."""
-
-    loss: jax.Array
-    grad_norm: jax.Array
-    learning_rate: jax.Array
 
 
 def plan_for(config: TrainConfig, mesh: Mesh | None = None) -> shardadam.Plan:
@@ -34,6 +26,7 @@ def plan_for(config: TrainConfig, mesh: Mesh | None = None) -> shardadam.Plan:
         sizes,
         axis_name="data",
         param_specs=model.param_specs(params, sizes),
+        stacked_dims=model.stacked_dims(params),
         layout=config.optimizer.layout,
         min_size=config.optimizer.min_size,
     )
@@ -67,7 +60,17 @@ def create_state(config: TrainConfig, mesh: Mesh) -> shardadam.TrainState:
     tx = shardadam.adamw(
         learning_rate_schedule(o), o.b1, o.b2, o.eps, 0.0, o.mu_dtype, o.weight_decay, model.decay_mask, plan=plan
     )
-    return shardadam.TrainState.create(apply_fn=net.apply, params=init(config.seed), tx=tx, plan=plan)
+    step = config.train_step
+    return shardadam.TrainState.create(
+        apply_fn=net.apply,
+        params=init(config.seed),
+        tx=tx,
+        plan=plan,
+        stage=step.stage,
+        master_dtype=step.master_dtype,
+        loss_scale="dynamic" if step.loss_scale == "dynamic" else None,
+        skip_nonfinite=step.skip_nonfinite,
+    )
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -77,23 +80,28 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax
     return jnp.sum(jnp.where(scored, each, 0.0)), jnp.sum(scored, dtype=jnp.int32)
 
 
-def make_train_step(config: OptimizerConfig) -> Callable[..., tuple[shardadam.TrainState, StepMetrics]]:
+def loss_function(apply_fn: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """(params, batch) -> what `cross_entropy` has of the model's logits."""
+
+    def loss_fn(params: Any, batch: Batch[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        return cross_entropy(apply_fn({"params": params}, batch.inputs), batch.targets)
+
+    return loss_fn
+
+
+def make_train_step(
+    config: StepConfig, state: shardadam.TrainState
+) -> Callable[..., tuple[shardadam.TrainState, dict[str, jax.Array]]]:
     """A jitted (state, batch) -> (state, metrics) that reuses the state's memory."""
-    schedule = learning_rate_schedule(config)
-
-    def train_step(state: shardadam.TrainState, batch: Batch[jax.Array]) -> tuple[shardadam.TrainState, StepMetrics]:
-        def loss_fn(params: Any) -> jax.Array:
-            total, count = cross_entropy(state.apply_fn({"params": params}, batch.inputs), batch.targets)
-            return total / count.astype(jnp.float32)
-
-        loss, grads = jax.value_and_grad(loss_fn)(state.params)
-        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
-        if config.clip_norm is not None:
-            # Not optax.chain(clip, ...): the norm is wanted as a metric anyway, and a bare shardadam transformation
-            # lets the TrainState add its updates on the shards.
-            scale = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
-            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * scale).astype(g.dtype), grads)
-        metrics = StepMetrics(loss, norm, schedule(state.step))
-        return state.apply_gradients(grads=grads), metrics
-
-    return jax.jit(train_step, donate_argnums=0)
+    return shardadam.make_train_step(
+        loss_function(state.apply_fn),
+        state,
+        stage=config.stage,
+        num_microbatches=config.num_microbatches,
+        accumulate=config.accumulate,
+        max_grad_norm=config.max_grad_norm,
+        skip_nonfinite=config.skip_nonfinite,
+        reduce_dtype=config.reduce_dtype,
+        collective=config.collective,
+        loss_scale=config.loss_scale,
+    )

@@ -14,7 +14,7 @@ Positive = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Seconds = Annotated[float, Ge(0)]
-FloatName = Literal["float32", "bfloat16"]
+FloatName = Literal["float32", "bfloat16", "float16"]
 
 
 class ConfigError(ValueError):
@@ -91,12 +91,34 @@ class OptimizerConfig:
     """Decoupled weight decay of the matrices; norm scales have none."""
     mu_dtype: FloatName | None = None
     """Dtype of mu; None: the parameters' own."""
-    clip_norm: Annotated[float, Gt(0)] | None = 1.0
-    """Gradients are scaled down to this global norm; None: not clipped."""
     layout: Literal["auto", "natural", "packed"] = "auto"
     """How mu and nu are split; see `shardadam.make_plan`."""
     min_size: Count = 1024
     """Leaves with fewer elements than this stay whole."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a step reduces gradients and applies them; see `shardadam.make_train_step`."""
+
+    stage: Literal[1, 2, 3] = 2
+    """1: gradients whole on every device; 2: in shards; 3: the parameters too (best with 'model.remat')."""
+    num_microbatches: Positive = 1
+    """Into how many parts, one after the other, each device's part of the batch is cut."""
+    accumulate: Literal["shards", "local"] = "shards"
+    """Reduce each microbatch's gradient as it comes ('shards'), or once at the end ('local': more memory)."""
+    max_grad_norm: Annotated[float, Gt(0)] | None = 1.0
+    """Gradients are scaled down to this global norm; None: not clipped."""
+    skip_nonfinite: bool = False
+    """Skip a step whose gradients are not finite, instead of ending the run."""
+    reduce_dtype: FloatName | None = None
+    """Dtype gradients are reduced in; None: their own."""
+    collective: Literal["auto", "joint", "per_axis"] = "auto"
+    """One collective over all data axes, or one for each; 'auto': as the devices like it."""
+    master_dtype: Literal["float32"] | None = None
+    """Keep copies of narrower parameters in this dtype, in shards, and add the updates to those."""
+    loss_scale: Annotated[float, Gt(0)] | Literal["dynamic"] | None = None
+    """For float16: what the loss is multiplied with; 'dynamic' finds it, and skips the steps that overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +177,8 @@ class TrainConfig:
     """The text."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """The optimizer."""
+    train_step: StepConfig = field(default_factory=StepConfig)
+    """The train step."""
     deadlines: DeadlineConfig = field(default_factory=DeadlineConfig)
     """When a process counts as stuck."""
 
@@ -163,6 +187,7 @@ SECTIONS: dict[str, type] = {
     "model": ModelConfig,
     "data": DataConfig,
     "optimizer": OptimizerConfig,
+    "train_step": StepConfig,
     "deadlines": DeadlineConfig,
 }
 

@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import shardadam
 from shardadam.trainer import data
-from shardadam.trainer.build import cross_entropy
+from shardadam.trainer.build import loss_function
 from shardadam.trainer.config import TrainConfig
 from shardadam.trainer.corpus import Corpus
 
@@ -40,11 +39,12 @@ class Evaluation:
         )
 
 
-@functools.partial(jax.jit, static_argnames="apply_fn")
+@functools.lru_cache(maxsize=4)
 def _eval_step(
-    params: Any, batch: data.Batch[jax.Array], *, apply_fn: Callable[..., jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    return cross_entropy(apply_fn({"params": params}, batch.inputs), batch.targets)
+    apply_fn: Callable[..., jax.Array], plan: shardadam.Plan, stage: int
+) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A jitted (params, batch) -> (nats, number of targets); compiled once for a run."""
+    return jax.jit(shardadam.total_and_weight(loss_function(apply_fn), plan, stage=3 if stage == 3 else 2))
 
 
 def evaluate(
@@ -52,13 +52,12 @@ def evaluate(
 ) -> Evaluation | None:
     """Scores the evaluation text; None where `stop`, called before each batch, said so."""
     sharding = NamedSharding(state.plan.mesh, P("data"))
+    eval_step = _eval_step(state.apply_fn, state.plan, state.stage)
     sums = []
     for batch in data.eval_batches(corpus.eval, config):
         if stop is not None and stop():
             return None
-        sums.append(
-            jax.device_get(_eval_step(state.params, data.place_batch(batch, sharding), apply_fn=state.apply_fn))
-        )
+        sums.append(jax.device_get(eval_step(state.params, data.place_batch(batch, sharding))))
     nats, count = (math.fsum(float(x) for x in column) for column in zip(*sums, strict=True))
     if not corpus.bytes_per_token:
         return Evaluation(loss=nats / count)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -18,7 +19,7 @@ import shardadam
 from shardadam import runtime
 from shardadam.trainer import data
 from shardadam.trainer.agreement import check_alike, stop_agreement
-from shardadam.trainer.build import StepMetrics, create_state, make_train_step
+from shardadam.trainer.build import create_state, make_train_step
 from shardadam.trainer.config import TrainConfig
 from shardadam.trainer.corpus import Corpus, load_corpus
 from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
@@ -29,6 +30,7 @@ from shardadam.trainer.signals import StopSignals
 from shardadam.trainer.watchdog import Watchdog
 
 _FOREVER = 10**6  # seconds
+_MOST_SKIPPED = 100  # steps on end: more than a dynamic loss scale ever needs to come down to 1.
 
 log = logging.getLogger("shardadam.trainer")
 
@@ -127,7 +129,8 @@ class _Run:
     ) -> None:
         self.config, self.corpus, self.checkpointer, self.saved = config, corpus, checkpointer, saved
         self.watchdog, self.stop = watchdog, stop
-        self.pending: list[tuple[int, StepMetrics]] = []
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.skipped_in_a_row = 0
         self.since = time.perf_counter()
         self.checked: int | None = None
 
@@ -155,7 +158,7 @@ class _Run:
         return Result(state=state, stopped=stopped, checkpoint=checkpoint, eval=evaluation)
 
     def _train(self, state: shardadam.TrainState, start: int) -> shardadam.TrainState:
-        config, train_step = self.config, make_train_step(self.config.optimizer)
+        config, train_step = self.config, make_train_step(self.config.train_step, state)
         sharding = NamedSharding(state.plan.mesh, P("data"))
         for step in range(start + 1, config.steps + 1):
             self.watchdog.begin("compile" if step == start + 1 else "step", times=1 + len(self.pending))
@@ -189,19 +192,28 @@ class _Run:
         now = time.perf_counter()
         rate = len(fetched) * self.config.batch_size * self.config.model.max_len / (now - self.since)
         for step, metrics in fetched:
-            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-                raise TrainingError(
-                    f"step {step}: the loss is {metrics.loss} and the gradients' norm {metrics.grad_norm}; nothing was "
-                    f"saved since step {self.saved}. Lower 'optimizer.learning_rate' or set 'optimizer.clip_norm', and "
-                    "begin anew under another 'name'"
-                )
-            self.metrics.write(step, {name: float(value) for name, value in metrics._asdict().items()})
+            self._check_finite(step, metrics)
+            self.metrics.write(step, {name: float(value) for name, value in metrics.items()})
         if compiled:
             log.info("compiled and took the first step in %.1f s", now - self.since)
         else:
             self.metrics.write(fetched[-1][0], {"tokens_per_second": rate})
-        self.metrics.show(fetched[-1][0], sum(float(m.loss) for _, m in fetched) / len(fetched), rate)
+        self.metrics.show(fetched[-1][0], sum(float(m["loss"]) for _, m in fetched) / len(fetched), rate)
         self.since = now
+
+    def _check_finite(self, step: int, metrics: dict[str, Any]) -> None:
+        """Ends the run at a loss that is not finite, or after many steps on end that were skipped for that."""
+        loss, norm, skipped = (float(metrics[name]) for name in ("loss", "grad_norm", "skipped"))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if skipped else 0
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite or (skipped and self.skipped_in_a_row < _MOST_SKIPPED):
+            return
+        raise TrainingError(
+            f"step {step}: the loss is {loss} and the gradients' norm {norm}"
+            + (f", as in the {_MOST_SKIPPED - 1} steps before, all skipped" if skipped else "")
+            + f"; nothing was saved since step {self.saved}. Lower 'optimizer.learning_rate' or set "
+            "'train_step.max_grad_norm', and begin anew under another 'name'"
+        )
 
     def _save(self, step: int, state: shardadam.TrainState) -> None:
         if step == self.saved:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
+import shardadam
 from shardadam.plan import path_name
 from shardadam.trainer.config import ModelConfig
 
@@ -146,8 +147,10 @@ class Transformer(nn.Module):
         dtype, param_dtype = jnp.dtype(c.dtype), jnp.dtype(c.param_dtype)
         init = nn.initializers.normal(0.02)
         embedding = self.param("embedding", init, (c.vocab_size, c.d_model), param_dtype)
+        # In a train step a layer's parameters are gathered, and their gradients reduced, inside of the scan.
+        block = nn.map_variables(Block, "params", trans_in_fn=shardadam.gather, init=self.is_initializing())
         # prevent_cse guards against a merge that cannot happen across a scan's steps, and costs there.
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = nn.remat(block, prevent_cse=False) if c.remat else block
         layers = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.num_layers)
         x, _ = layers(c, name="layers")(embedding[tokens].astype(dtype), None)
         x = RMSNorm(c, name="final_norm")(x)
@@ -175,6 +178,11 @@ def param_specs(params: Any, mesh: Mesh | AbstractMesh | Mapping[str, int]) -> A
     """
     size = dict(mesh if isinstance(mesh, Mapping) else mesh.shape).get("model", 1)
     return jax.tree_util.tree_map_with_path(lambda path, x: _spec(path_name(path), x.shape, size), params)
+
+
+def stacked_dims(params: Any) -> Any:
+    """How many leading dims of each parameter stack layers: 1 below the scan, 0 elsewhere."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: int(path_name(path).startswith("layers/")), params)
 
 
 def decay_mask(params: Any) -> Any:

@@ -150,7 +150,12 @@ def test_another_model_is_refused_and_nothing_is_touched(uninterrupted):
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny):
-    config = tiny(steps=STEPS, save_every=1, optimizer={"learning_rate": 1e30, "clip_norm": None, "warmup_steps": 0})
+    config = tiny(
+        steps=STEPS,
+        save_every=1,
+        train_step={"max_grad_norm": None},
+        optimizer={"learning_rate": 1e30, "warmup_steps": 0},
+    )
     with pytest.raises(TrainingError, match=r"step \d: the loss is .*; nothing was saved since step \d"):
         train(config)
     with Checkpointer(run_directory(config) / "checkpoints") as checkpointer:
