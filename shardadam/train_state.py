@@ -98,15 +98,15 @@ class TrainState(train_state.TrainState):
         if plan is None:
             plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
         plan = _plan_from(trained) if plan is None else bind(plan, ambient_mesh())
-        traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(params))
-        mesh = None if traced or not isinstance(plan.mesh, Mesh) else plan.mesh
+        mesh = None if _traced(params) or not isinstance(plan.mesh, Mesh) else plan.mesh
         beginning = begin_params(trained, plan, stage=stage, master_dtype=master_dtype, mesh=mesh)
         opt_state = begin_opt_state(tx, beginning, plan, mesh=mesh)
         params = _with_trained(params, beginning.params)
         scalars = _first_scalars(loss_scale, skip_nonfinite)
         if mesh is not None:
             params, opt_state, scalars = _on(mesh, (params, opt_state, scalars))
-            audit(opt_state, plan, accumulators=isinstance(tx, ShardedTransformation), nu_dtype=master_dtype)
+            if not _traced(opt_state):  # They may be, while `params` is what a traced function closes over.
+                audit(opt_state, plan, accumulators=isinstance(tx, ShardedTransformation), nu_dtype=master_dtype)
         fields: dict[str, Any] = {"stage": 3 if stage == 3 else 2, "master": beginning.master, **scalars, **kwargs}
         return cls(apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **fields)
 
@@ -168,6 +168,10 @@ def _first_scalars(loss_scale: Any, skip_nonfinite: bool) -> dict[str, Any]:
     if skip_nonfinite or loss_scale is not None:
         fields["num_skipped"] = jnp.zeros([], jnp.int32)
     return fields
+
+
+def _traced(tree: Any) -> bool:
+    return any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))
 
 
 def _trained(tree: Any) -> Any:

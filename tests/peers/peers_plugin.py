@@ -1,7 +1,7 @@
 """A pytest plugin that runs optax's own tests with shardadam's Adam, and writes what each test did as JSON.
 
-In the environment: `PEERS_MODE` is one of `peers_swap.MODES`; `PEERS_PLAIN=1` keeps optax's own functions, on the same
-mesh; `PEERS_OUT` is the file to write.
+In the environment: `PEERS_MODE` is one of `peers_swap.MODES`; `PEERS_PLAIN` keeps optax's own functions, on the
+same mesh (`mesh`) or on one device (`alone`); `PEERS_OUT` is the file to write.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Peers:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
         self.swap.record = Record()
-        with jax.set_mesh(self.mesh):
+        with contextlib.nullcontext() if self.swap.plain == "alone" else jax.set_mesh(self.mesh):
             return (yield)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -72,7 +72,7 @@ class Peers:
 
 
 def pytest_configure(config):
-    peers = Peers(os.environ["PEERS_MODE"], bool(os.environ.get("PEERS_PLAIN")), os.environ["PEERS_OUT"])
+    peers = Peers(os.environ["PEERS_MODE"], os.environ.get("PEERS_PLAIN", ""), os.environ["PEERS_OUT"])
     places = peers.swap.install()
     print(f"peers: replaced in {places} places", file=sys.stderr)
     config.pluginmanager.register(peers, "peers")

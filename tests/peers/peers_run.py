@@ -35,7 +35,7 @@ def run(mode: str, arguments: Sequence[str], *, plain: bool = False, workers: in
         environment = os.environ | {"PYTHONPATH": str(HERE), "PEERS_MODE": mode, "PEERS_OUT": str(out)}
         environment.pop("JAX_NUMPY_DTYPE_PROMOTION", None)  # optax's tests are written for the standard one.
         environment["PEERS_PLAIN"] = "1" if plain else ""
-        command = [sys.executable, "-m", "pytest", "-q", "-c", str(HERE / "pytest.ini"), "--rootdir", str(SITE)]
+        command = [sys.executable, "-m", "pytest", "-q", "-c", str(HERE / "optax_tests.ini"), "--rootdir", str(SITE)]
         command += ["-p", "peers_plugin", "-n", str(workers), "--dist", "worksteal", *arguments]
         done = subprocess.run(command, cwd=SITE, env=environment, capture_output=True, text=True)
         if done.returncode not in (0, 1) or not out.exists():  # 1: some tests failed, which `judge` is for.

@@ -53,7 +53,7 @@ class Record:
 class Swap:
     """Replaces optax's functions for the life of the process; `record` is the current test's."""
 
-    def __init__(self, mode: Mode, *, plain: bool = False):
+    def __init__(self, mode: Mode, *, plain: str = ""):
         self.mode = mode
         self.plain = plain
         self.record = Record()
@@ -78,10 +78,10 @@ class Swap:
         def make(*args: Any, **kwargs: Any) -> optax.GradientTransformationExtraArgs:
             self.record.made += 1
             own = factory(*args, **kwargs)  # An argument that it refuses is refused here, as in optax.
-            if self.plain:
-                return own
 
-            def placed(tree: Any) -> tuple[Any, shardadam.Plan]:
+            def placed(tree: Any) -> tuple[Any, shardadam.Plan | None]:
+                if self.plain:
+                    return optax.with_extra_args_support(own), None
                 plan = self._plan(tree)
                 return factory(*args, **kwargs | {"plan": plan}), plan  # inject_hyperparams passes plan=None
 
@@ -118,8 +118,10 @@ class Swap:
                 self.record.whole += 1
         return plan
 
-    def _measure(self, state: Any, plan: shardadam.Plan) -> None:
+    def _measure(self, state: Any, plan: shardadam.Plan | None) -> None:
         """Counts the eager arrays of mu and nu that are in shards, each of the size that the plan says."""
+        if plan is None:
+            return
         for found in (optax.tree.get_all_with_path(state, "mu"), optax.tree.get_all_with_path(state, "nu")):
             for _, moments in found:
                 leaves = [(k, x) for k, x in jax.tree_util.tree_leaves_with_path(moments) if _has_shards(x)]
