@@ -124,4 +124,4 @@ def test_what_a_sparse_core_does_is_found_and_async():
     assert {(op.times, op.is_async) for op in scattered} == {(3, True)}
     assert sum(op.operand_bytes for op in scattered) == 2 * LAYER * (1 + 1 / 2 + 1 / 4 + 1 / 8)
     gathers = [op for op in found if op.op == "all-gather"]
-    assert sum(op.operand_bytes for op in gathers) == 3 * 2 * LAYER // 16
+    assert sum(op.operand_bytes for op in gathers) == 3 * 2 * LAYER // 16 * (1 + 2 + 4 + 8)

@@ -1,0 +1,5 @@
+"""Writes the page."""
+
+
+def write_page(results, path):
+    del results, path
