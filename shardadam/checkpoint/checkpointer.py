@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import operator
 import os
 import uuid
@@ -12,18 +13,25 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
+from shardadam.checkpoint.adopting import adopt
 from shardadam.checkpoint.lock import WriterLock
-from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.restoring import Damage, Verify, chosen, restore_newest, restore_step
+from shardadam.checkpoint.seal import Seal, described_plan
+from shardadam.checkpoint.sealing import Sealing, check_finite, count_of, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all, check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
+from shardadam.checkpoint.steps import Steps, delete_old, make_room, short
+from shardadam.checkpoint.together import on_process_zero
 from shardadam.plan import Plan
 
 State = TypeVar("State")
+
+log = logging.getLogger("shardadam.checkpoint")
 
 
 class Checkpointer:
@@ -33,6 +41,9 @@ class Checkpointer:
     `optax.adam` with the same tree would have written. It restores on any number of devices, with other specs and
     other layouts, and into plain optax by plain Orbax (item "state" of the step).
 
+    A step counts as saved once its seal is written, in the background, after Orbax has committed it: the SHA-256 of
+    every file and the digest of every leaf, outside of the step's directory. `restore` holds a step to its seal.
+
     Every process of a multi-process run makes the same calls, in the same order. While one saves, `latest_step` and
     `all_steps` may differ between processes for a moment; after `wait` they agree.
 
@@ -40,12 +51,19 @@ class Checkpointer:
       directory: where the steps go; made if it is not there.
       plan: how mu and nu of the states lie, for states that do not carry their own in `.plan`. Packed moments need
         it: flax's own TrainState, a bare optax state or `nnx.state(optimizer)` do not say how they were packed.
-      max_to_keep: older steps than the last so many are deleted once a newer one is committed. None keeps all.
+      max_to_keep: older steps than the last so many are deleted once a newer one is sealed; 2 at the least, or damage
+        to the newest would leave none. None keeps all.
+      keep_period: steps that are multiples of it are kept all the same.
       run_id: the run's name, for whoever finds the directory locked; default: drawn.
+      config: the run's, kept in every seal; anything that JSON holds.
+
+    Attributes:
+      damaged: what `restore` found damaged, and where it is now.
+      restored_step: which step `restore` took last; None before.
 
     Raises:
       CheckpointError: the processes of the run do not share the directory.
-      ValueError: `max_to_keep` is less than 1.
+      ValueError: `max_to_keep` is less than 2, or `keep_period` less than 1.
 
     Example:
       >>> with Checkpointer("runs/a/checkpoints") as checkpointer:
@@ -59,22 +77,32 @@ class Checkpointer:
         *,
         plan: Plan | None = None,
         max_to_keep: int | None = None,
+        keep_period: int | None = None,
         run_id: str | None = None,
+        config: Any = None,
     ) -> None:
-        if max_to_keep is not None and max_to_keep < 1:
-            raise ValueError(f"max_to_keep: got {max_to_keep}, wanted 1 or more, or None to keep all")
+        if max_to_keep is not None and max_to_keep < 2:
+            raise ValueError(f"max_to_keep: got {max_to_keep}, wanted 2 or more, or None to keep all")
+        if keep_period is not None and keep_period < 1:
+            raise ValueError(f"keep_period: got {keep_period}, wanted 1 or more, or None")
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self.directory.mkdir(parents=True, exist_ok=True)
+        self.damaged: list[Damage] = []
+        self.restored_step: int | None = None
+        self._steps = Steps(self.directory)
         self._plan = plan
-        self._max_to_keep = max_to_keep
+        self._max_to_keep, self._keep_period = max_to_keep, keep_period
+        self._run_id = run_id or uuid.uuid4().hex[:12]
+        self._config = json.loads(json.dumps(config))
         self._writer: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
+        self._sealing: Sealing | None = None
         self._in_flight: int | None = None
         self._closed = False
         self._lock: WriterLock | None = None  # None: an object store, where nothing can be locked.
         if "://" not in name:
             check_shared(Path(self.directory))
-            self._lock = WriterLock(Path(self.directory), run_id or uuid.uuid4().hex[:12])
+            self._lock = WriterLock(Path(self.directory), self._run_id)
             weakref.finalize(self, self._lock.release)  # Also at the interpreter's end.
 
     def lock(self) -> None:
@@ -89,21 +117,24 @@ class Checkpointer:
         if self._lock is not None:
             acquire_for_all(self._lock)
 
-    def save(self, step: int, state: Any, *, extra: Any = None, wait: bool = False) -> None:
+    def save(
+        self, step: int, state: Any, *, extra: Any = None, wait: bool = False, allow_nonfinite: bool = False
+    ) -> None:
         """Saves a state. Returns when it has been copied off the devices; it may then be donated.
 
         Waits for the save before it, and raises that one's error, if it has failed.
 
         Args:
-          step: names the step's directory; greater than all that are there. After a save that failed, take the next
+          step: names the step's directory; greater than all that are saved. After a save that failed, take the next
             number: what is left of it may still be writing to the old one.
           state: any tree of arrays and numbers, such as a TrainState.
           extra: anything that JSON holds, read back by `extra`.
-          wait: return only when the step is committed.
+          wait: return only when the step is sealed.
+          allow_nonfinite: save it though it has NaN or infinities in it.
 
         Raises:
-          CheckpointError: the step, or a later one, is there already, another run writes in the directory, or Orbax
-            did not save.
+          CheckpointError: the step, or a later one, is there already, the state is not finite, another run writes in
+            the directory, or Orbax did not save.
           TypeError: `extra` is not JSON.
           ValueError: the checkpointer is closed, `step` is negative, or a leaf cannot be saved: packed with no plan,
             laid out otherwise than its plan says, empty, or neither array nor number.
@@ -112,32 +143,43 @@ class Checkpointer:
         step = self._check_step(step)
         beside = {} if extra is None else {reading.EXTRA: ocp.args.JsonSave(json.loads(json.dumps(extra)))}
         self.wait()
-        steps = self.all_steps()
-        if steps and step <= steps[-1]:
-            raise CheckpointError(
-                f"step {step}: not saved: {self.directory} holds {_short(steps)} already; steps must ascend. Restore "
-                "the latest and go on from there, or save in another directory"
-            )
-        parts = list(slots(state, plan_of(state, self._plan)))
+        plan = plan_of(state, self._plan)
+        parts = list(slots(state, plan))
         check_names(parts)
         leaves = [slot.to_disk() for slot in parts]
         self.lock()
+        on_process_zero(self._steps.key("room"), lambda: make_room(self._steps, step))
+        sealed = sealed_leaves(parts)  # Waited for, as the state may be donated once this returns.
+        if not allow_nonfinite:
+            check_finite(step, sealed)
+        seal = Seal(
+            step=step, files={}, leaves=sealed, count=count_of(parts), plan=described_plan(plan), config=self._config,
+            run_id=self._run_id, num_processes=jax.process_count(),
+        )  # fmt: skip
         logical = ocp.args.StandardSave(jax.tree.unflatten(jax.tree.structure(state), leaves))
         self._in_flight = step
         with self._surfacing():
-            if not self._manager().save(step, args=ocp.args.Composite(**{reading.STATE: logical}, **beside)):
+            manager = self._manager()
+            if not manager.save(step, args=ocp.args.Composite(**{reading.STATE: logical}, **beside)):
                 raise CheckpointError(
-                    f"step {step}: Orbax did not save it in {self.directory}, which holds {_short(steps)}"
+                    f"step {step}: Orbax did not save it in {self.directory}, which holds {short(self.all_steps())}"
                 )
+        self._sealing = Sealing(manager.wait_until_finished, lambda: self._committed(seal))
+        self._sealing.start()
         if wait:
             self.wait()
 
-    def restore(self, like: State, step: int | None = None) -> State:
+    def restore(self, like: State, step: int | None = None, *, verify: Verify = "files") -> State:
         """Restores a state: values from disk; tree, layout, shardings and static fields from `like`.
+
+        Without `step`, a step that is not what its seal says is moved to `damaged` in the directory (it is never
+        deleted), logged, told in `self.damaged`, and the one before it is taken.
 
         Args:
           like: a state, or the same tree of `jax.ShapeDtypeStruct`s with shardings. It is not changed.
-          step: which to restore; default: the latest.
+          step: which to restore, or an error if it is damaged; default: the newest that is not.
+          verify: "files": every file is read once more and compared with the seal before anything is loaded; "full": so
+            are the digests of the leaves when they are in their places; False: neither, and no seal is needed.
 
         Returns:
           A tree like `like`. Its arrays are new and can be donated; those that `like` holds uncommitted are
@@ -145,25 +187,32 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: the directory has no such step, or none at all.
-          CheckpointError: the step holds another tree, shape or dtype; every such leaf is named.
-          ValueError: a leaf of `like` says not where it is to be, or is not laid out as its plan says.
+          CheckpointError: the step is damaged, or all are, or has no seal; or it holds another tree, shape or dtype,
+            and every such leaf is named.
+          ValueError: a leaf of `like` says not where it is to be, or is not laid out as its plan says; `verify` is none
+            of the three.
+        """
+        if verify not in ("files", "full", False):
+            raise ValueError(f"verify: got {verify!r}, wanted 'files', 'full' or False")
+        self.wait()
+        wanted, treedef = list(slots(like, plan_of(like, self._plan))), jax.tree.structure(like)
+        if step is None and verify:
+            step, leaves = restore_newest(self._steps, wanted, treedef, verify, self._set_aside)
+        else:
+            step = chosen(self._steps, None if step is None else operator.index(step), sealed=bool(verify))
+            leaves = restore_step(self._steps, step, wanted, treedef, verify)
+        self.restored_step = step
+        return jax.tree.unflatten(treedef, leaves)
+
+    def adopt(self, step: int) -> None:
+        """Seals a step that was committed without a seal, by plain Orbax or an older shardadam: as it is now.
+
+        Raises:
+          CheckpointError: it has a seal, is not committed, or another run writes in the directory.
         """
         self.wait()
-        path = self._step_directory(step)
-        wanted = list(slots(like, plan_of(like, self._plan)))
-        saved = reading.saved_leaves(path)
-        check_match(saved, wanted, str(path))
-        numbers = [is_scalar(saved[slot.names], slot) for slot in wanted]
-        targets = [
-            np.zeros((), saved[slot.names].dtype) if number else slot.target()
-            for slot, number in zip(wanted, numbers, strict=True)
-        ]
-        treedef = jax.tree.structure(like)
-        leaves = jax.tree.leaves(reading.read_state(path, jax.tree.unflatten(treedef, targets)))
-        for i, (slot, number) in enumerate(zip(wanted, numbers, strict=True)):
-            # In place: a leaf as it was on disk goes as soon as the one in its layout is there.
-            leaves[i] = slot.from_disk(exact(leaves[i], slot) if number else leaves[i])
-        return jax.tree.unflatten(treedef, leaves)
+        self.lock()
+        adopt(self._steps, operator.index(step), run_id=self._run_id, config=self._config)
 
     def extra(self, step: int | None = None) -> Any:
         """What `save` was given as `extra` with a step (default: the latest); None if it was given none.
@@ -172,25 +221,27 @@ class Checkpointer:
           FileNotFoundError: the directory has no such step, or none at all.
         """
         self.wait()
-        return reading.read_extra(self._step_directory(step))
+        step = chosen(self._steps, None if step is None else operator.index(step), sealed=False)
+        return reading.read_extra(self._steps.path(step))
 
     def all_steps(self) -> list[int]:
-        """The committed steps, ascending; a save under way is not among them."""
-        return reading.committed_steps(self.directory)
+        """The saved steps, ascending: those with a seal. A save under way is not among them."""
+        return self._steps.sealed()
 
     def latest_step(self) -> int | None:
-        """The latest committed step; None if there is none."""
+        """The latest saved step; None if there is none."""
         return max(self.all_steps(), default=None)
 
     def wait(self) -> None:
-        """Waits until the last save is committed.
+        """Waits until the last save is sealed.
 
         Raises:
           OSError: and whatever else the save failed with; the earlier steps are still there.
         """
-        if self._writer is not None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
             with self._surfacing():
-                self._writer.wait_until_finished()
+                sealing.wait()
         self._in_flight = None
 
     def close(self) -> None:
@@ -221,11 +272,30 @@ class Checkpointer:
     def _manager(self) -> ocp.CheckpointManager:
         """Orbax's manager: for saving only, as it lists steps that are not committed and breaks on a failed restore."""
         if self._writer is None:
-            keep = self._max_to_keep
-            policy = None if keep is None else ocp.checkpoint_managers.LatestN(n=keep)
-            options = ocp.CheckpointManagerOptions(preservation_policy=policy)
-            self._writer = ocp.CheckpointManager(self.directory, options=options)
+            self._writer = ocp.CheckpointManager(self.directory)  # Which deletes nothing: see `Steps.delete`.
         return self._writer
+
+    def _committed(self, seal: Seal) -> None:
+        """Called in the background when Orbax has committed a step."""
+        write_seal(self._steps, seal)
+        if jax.process_index() == 0:
+            delete_old(self._steps, self._max_to_keep, self._keep_period)
+
+    def _set_aside(self, step: int, why: str) -> Damage | None:
+        """Moves a damaged step away, if nobody else writes here; None if it is not there any more."""
+        if not on_process_zero(self._steps.key("still there"), lambda: step in self._steps.seals()):
+            return None
+        if self._writer is not None:
+            self._writer.close()  # It has listed the step.
+            self._writer = None
+        moved = None
+        try:
+            self.lock()
+            moved = on_process_zero(self._steps.key("aside"), lambda: str(self._steps.set_aside(step, why)))
+        except (CheckpointError, OSError) as error:
+            log.warning("step %d is damaged: %s; left where it is: %s", step, why, error)
+        self.damaged.append(Damage(step, why, None if moved is None else epath.Path(moved)))
+        return self.damaged[-1]
 
     @contextlib.contextmanager
     def _surfacing(self) -> Iterator[None]:
@@ -237,7 +307,7 @@ class Checkpointer:
             # it would hold up the process's end for 20 minutes.
             self._writer = None
             step, self._in_flight = self._in_flight, None
-            error.add_note(f"Step {step} is not saved; committed in {self.directory}: {_short(self.all_steps())}.")
+            error.add_note(f"Step {step} is not saved; committed in {self.directory}: {short(self.all_steps())}.")
             raise
 
     def _check_step(self, step: int) -> int:
@@ -246,18 +316,3 @@ class Checkpointer:
         if (index := operator.index(step)) < 0:
             raise ValueError(f"step: got {index}, wanted 0 or more")
         return index
-
-    def _step_directory(self, step: int | None) -> epath.Path:
-        steps = self.all_steps()
-        if not steps:
-            raise FileNotFoundError(f"no checkpoint in {self.directory}: no step has been committed there")
-        if step is not None and operator.index(step) not in steps:
-            raise FileNotFoundError(f"step {step}: not in {self.directory}, which holds {_short(steps)}")
-        return self.directory / str(steps[-1] if step is None else operator.index(step))
-
-
-def _short(steps: list[int]) -> str:
-    """Steps for an error message: all of them, or how many there are and the last ones."""
-    if len(steps) > 8:
-        return f"{len(steps)} steps, the last {', '.join(map(str, steps[-4:]))}"
-    return ("steps " + ", ".join(map(str, steps))) if steps else "no steps"

@@ -12,9 +12,11 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
+from shardadam.checkpoint.adopting import adopt
 from shardadam.checkpoint.forms import FORMS, Parts, leaves, put_together, take_apart, without
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.source import Source, find
+from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, handler, number, read, write
 
 
@@ -164,6 +166,7 @@ def _save_step(directory: epath.Path, step: int, tree: Any, reader: Reader) -> N
     handlers = {reading.STATE: handler(reader)}
     with ocp.CheckpointManager(directory, item_handlers=handlers, options=options) as manager:
         manager.save(step, args=ocp.args.Composite(**{reading.STATE: ocp.args.PyTreeSave(tree)}))
+    adopt(Steps(directory), step, origin="imported")
 
 
 def _casting(reader: Reader, dtype: np.dtype) -> Reader:

@@ -39,8 +39,9 @@ def saved_leaves(step_directory: epath.Path) -> Mapping[tuple[str, ...], Any]:
 
 def read_state(step_directory: epath.Path, target: Any) -> Any:
     """Loads a state into the shapes, dtypes and shardings of `target`, a tree as Orbax's StandardRestore takes it."""
-    with _naming(step_directory), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-        return reader.restore(step_directory / STATE, args=ocp.args.StandardRestore(target))
+    # The handler itself: an Orbax Checkpointer would wait for the other processes, though one of them may have failed.
+    with _naming(step_directory):
+        return ocp.StandardCheckpointHandler().restore(step_directory / STATE, args=ocp.args.StandardRestore(target))
 
 
 def read_extra(step_directory: epath.Path) -> Any:

@@ -167,8 +167,10 @@ class TrainConfig:
     """Steps between checkpoints; the last step is always saved."""
     check_every: Count = 0
     """Steps between checking that devices hold alike what they should, and then before each save, too; 0: never."""
-    max_to_keep: Positive = 2
-    """Checkpoints to keep."""
+    max_to_keep: Annotated[int, Ge(2)] = 2
+    """Checkpoints to keep: two or more, so that there is one to go back to where the newest is damaged."""
+    keep_period: Positive | None = None
+    """Checkpoints of steps that are multiples of it are kept all the same."""
     tensorboard: bool = False
     """Write TensorBoard files, too (needs the extra: pip install 'shardadam[tensorboard]')."""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -89,7 +89,9 @@ def train(config: TrainConfig) -> Result:
         directory = run_directory(config) / "checkpoints"
         with (
             stop_agreement(signals.requested) as stop,
-            shardadam.Checkpointer(directory, max_to_keep=config.max_to_keep) as checkpointer,
+            shardadam.Checkpointer(
+                directory, max_to_keep=config.max_to_keep, keep_period=config.keep_period, config=asdict(config)
+            ) as checkpointer,
         ):
             checkpointer.lock()  # before anything of the run's is written
             state, latest = _begin(config, mesh, corpus, checkpointer, watchdog)
@@ -108,7 +110,8 @@ def _begin(
     _record(config, corpus, state)
     if latest is not None:
         watchdog.begin("restore")
-        state = checkpointer.restore(state, latest)
+        state = checkpointer.restore(state)  # An older one, if that is damaged.
+        latest = checkpointer.restored_step
         log.info("going on at step %d, from %s", latest, checkpointer.directory / str(latest))
     shardadam.audit(state, state.plan)
     return state, latest

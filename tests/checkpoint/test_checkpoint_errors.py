@@ -159,21 +159,10 @@ def test_a_plan_without_devices_and_a_leaf_without_either(tmp_path):
 def test_a_step_that_was_not_saved_by_a_checkpointer(checkpointer, tmp_path):
     with ocp.CheckpointManager(tmp_path) as manager:
         manager.save(3, args=ocp.args.StandardSave({"x": jnp.ones(3)}))
+    like = {"x": jnp.ones(3)}
+    with pytest.raises(CheckpointError, match=r"steps 3 there have no seal: of plain Orbax, .*, 3, verify=False\)"):
+        checkpointer.restore(like)
     with pytest.raises(
         CheckpointError, match=r"got items \['default'\], wanted 'state'; it was not saved by shardadam"
     ):
-        checkpointer.restore({"x": jnp.ones(3)})
-
-
-def test_after_a_damaged_step_the_older_one_restores(checkpointer, tmp_path):
-    like = {"x": jnp.arange(3.0)}
-    checkpointer.save(1, like)
-    checkpointer.save(2, like, wait=True)
-    for data in (tmp_path / "2" / "state").rglob("d/*"):
-        data.write_bytes(b"")
-    with pytest.raises(ValueError, match="x") as caught:
-        checkpointer.restore(like)
-    assert f"{tmp_path / '2'} cannot be read: it may be damaged; other steps there: [1]." in caught.value.__notes__
-    np.testing.assert_array_equal(checkpointer.restore(like, step=1)["x"], like["x"])
-    checkpointer.save(3, like, wait=True)
-    np.testing.assert_array_equal(checkpointer.restore(like)["x"], like["x"])
+        checkpointer.restore(like, verify=False)

@@ -59,7 +59,7 @@ def test_steps_extra_and_latest(tmp_path):
         assert checkpointer.extra() is None
         assert checkpointer.restore(state_of(0))["x"][0, 0] == 31
         assert checkpointer.restore(state_of(0), step=2)["x"][0, 0] == 2
-    assert {path.name for path in (tmp_path / "not" / "there" / "yet").iterdir()} == {"2", "10", "30", "31"}
+    assert {path.name for path in (tmp_path / "not" / "there" / "yet").iterdir()} == {"2", "10", "30", "31", "seals"}
 
 
 def test_a_relative_directory_stays_where_it_was(tmp_path, monkeypatch):
@@ -126,7 +126,7 @@ def test_an_error_in_a_save_surfaces_at_the_next_call(where, tmp_path, disk_full
 
 
 def test_after_a_failed_save_the_next_one_succeeds(tmp_path, disk_full):
-    with Checkpointer(tmp_path, max_to_keep=1) as checkpointer:
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
         checkpointer.save(1, state_of(1), wait=True)
         with pytest.raises(OSError, match="No space left"):
             checkpointer.save(2, state_of(2), extra={}, wait=True)
@@ -134,7 +134,7 @@ def test_after_a_failed_save_the_next_one_succeeds(tmp_path, disk_full):
         disk_full()
         # Not step 2: what is left of its failed save may still be writing, and Orbax would write in the same place.
         checkpointer.save(3, state_of(3), extra={"again": True}, wait=True)
-        assert checkpointer.all_steps() == [3]
+        assert checkpointer.all_steps() == [1, 3]
         assert checkpointer.extra() == {"again": True}
         assert checkpointer.restore(state_of(0))["x"][0, 0] == 3
 
@@ -172,8 +172,10 @@ def test_a_save_that_does_not_happen_is_an_error(tmp_path, monkeypatch):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match="max_to_keep: got 0, wanted 1 or more"):
-        Checkpointer(tmp_path, max_to_keep=0)
+    with pytest.raises(ValueError, match="max_to_keep: got 1, wanted 2 or more"):
+        Checkpointer(tmp_path, max_to_keep=1)
+    with pytest.raises(ValueError, match="keep_period: got 0, wanted 1 or more"):
+        Checkpointer(tmp_path, keep_period=0)
     checkpointer = Checkpointer(tmp_path)
     with pytest.raises(ValueError, match="step: got -1, wanted 0 or more"):
         checkpointer.save(-1, state_of(0))

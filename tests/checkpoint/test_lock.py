@@ -75,7 +75,7 @@ def test_two_checkpointers_of_one_process(tmp_path):
     with pytest.raises(CheckpointError, match=r"another Checkpointer of this process writes there.*\. Close that one"):
         two.save(2, STATE)
     one.close()
-    two.save(2, STATE)
+    two.save(2, STATE, wait=True)
     del two  # Not closed: the next gets the directory all the same.
     gc.collect()
     with Checkpointer(tmp_path) as three:

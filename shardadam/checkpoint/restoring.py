@@ -1,0 +1,191 @@
+"""Restores the newest step that is what its seal says, and has the damaged ones that it meets moved aside."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from shardadam.checkpoint import reading
+from shardadam.checkpoint.logical import Slot
+from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.seal import Seal
+from shardadam.checkpoint.sealing import list_files
+from shardadam.checkpoint.steps import Steps, short
+from shardadam.checkpoint.together import all_succeed, on_every_process, on_process_zero
+from shardadam.checkpoint.verify import file_faults, leaf_faults, read_seal, shape_faults
+
+Verify = Literal["files", "full", False]
+
+_MAX_LISTED = 4  # Faults named per step: where a disk is broken there may be thousands.
+
+log = logging.getLogger("shardadam.checkpoint")
+
+
+class Damage(NamedTuple):
+    """A step that was not what its seal says.
+
+    Attributes:
+      step: its number.
+      why: what is wrong with it.
+      moved_to: where it is now; None where it could not be moved.
+    """
+
+    step: int
+    why: str
+    moved_to: epath.Path | None
+
+
+class Damaged(CheckpointError):
+    """A step is not what its seal says."""
+
+
+SetAside = Callable[[int, str], Damage | None]
+
+
+def restore_newest(
+    steps: Steps, slots: Sequence[Slot], treedef: Any, verify: Verify, set_aside: SetAside
+) -> tuple[int, list[Any]]:
+    """Restores the newest sealed step that stands the verification; every damaged one that it meets is set aside.
+
+    All processes call this, and restore the same step.
+
+    Args:
+      steps: of the directory.
+      slots: where the leaves are to be.
+      treedef: of the state.
+      verify: "files" or "full", see `Checkpointer.restore`.
+      set_aside: told each damaged step and why; gives None if it was deleted meanwhile.
+
+    Returns:
+      The step, and its leaves in the order of the slots.
+
+    Raises:
+      FileNotFoundError: nothing is sealed there.
+      CheckpointError: every sealed step is damaged, or the step holds another tree, shape or dtype than is wanted.
+    """
+    found: list[Damage] = []
+    _report_unsealed(steps)
+    while (newest := _newest(steps, without=[damage.step for damage in found])) is not None:
+        step, lost = newest
+        try:
+            if lost:
+                raise Damaged("its seal is there, but not its directory")
+            leaves = restore_step(steps, step, slots, treedef, verify)
+        except Damaged as error:
+            damage = set_aside(step, str(error))
+            if damage is not None:
+                found.append(damage)
+            continue
+        if found:
+            log.warning("restored step %d in place of %s", step, ", ".join(str(damage.step) for damage in found))
+        return step, leaves
+    if not found:
+        chosen(steps, on_process_zero(steps.key("unsealed"), lambda: max(steps.unsealed(), default=None)), sealed=True)
+    listed = "".join(f"\n  step {damage.step}: {damage.why}; now in {damage.moved_to}" for damage in found)
+    raise CheckpointError(f"{steps.directory}: none of its steps is what its seal says:{listed}")
+
+
+def restore_step(steps: Steps, step: int, slots: Sequence[Slot], treedef: Any, verify: Verify) -> list[Any]:
+    """Restores one step: its leaves in the order of the slots.
+
+    Raises:
+      Damaged: it is not what its seal says.
+      CheckpointError: it holds another tree, shape or dtype than is wanted.
+    """
+    path = steps.path(step)
+    seal = _verified_seal(steps, step) if verify else None
+    if seal is None:
+        on_process_zero(steps.key("files"), lambda: list_files(path))  # Refuses links, which may lead anywhere.
+    saved = all_succeed(steps.key("metadata"), lambda: reading.saved_leaves(path))
+    if seal is not None:
+        _refuse(shape_faults(saved, seal))
+    check_match(saved, slots, str(path))
+    numbers = [is_scalar(saved[slot.names], slot) for slot in slots]
+    targets = [
+        np.zeros((), saved[slot.names].dtype) if number else slot.target()
+        for slot, number in zip(slots, numbers, strict=True)
+    ]
+    target = jax.tree.unflatten(treedef, targets)
+    leaves = jax.tree.leaves(all_succeed(steps.key("state"), lambda: reading.read_state(path, target)))
+    for i, (slot, number) in enumerate(zip(slots, numbers, strict=True)):
+        # In place: a leaf as it was on disk goes as soon as the one in its layout is there.
+        leaves[i] = slot.from_disk(exact(leaves[i], slot) if number else leaves[i])
+    if seal is not None and verify == "full":
+        there = [dataclasses.replace(slot, like=x) for slot, x in zip(slots, leaves, strict=True)]
+        # Arrays on the host may differ between processes.
+        faults = on_every_process(steps.key("digests"), lambda: leaf_faults(there, seal))
+        _refuse(sorted({fault for own in faults for fault in own}))
+    return leaves
+
+
+def chosen(steps: Steps, step: int | None, *, sealed: bool) -> int:
+    """The step to read, of those with a seal, or of all that are committed; the newest, if it is not given.
+
+    Without one, those with a seal go first. All processes call this.
+
+    Raises:
+      FileNotFoundError: there is none, or not this one.
+      CheckpointError: it has no seal.
+    """
+
+    def choose() -> int:
+        saved, unsealed = steps.sealed(), steps.unsealed()
+        if sealed and step in unsealed:
+            raise CheckpointError(without_seal(steps, step))
+        if not saved and not unsealed:
+            raise FileNotFoundError(f"no checkpoint in {steps.directory}: no step has been saved there")
+        if step is not None and step not in [*saved, *unsealed]:
+            raise FileNotFoundError(f"step {step}: not in {steps.directory}, which holds {short(saved + unsealed)}")
+        return step if step is not None else saved[-1] if saved else unsealed[-1]
+
+    return on_process_zero(steps.key("chosen"), choose)
+
+
+def without_seal(steps: Steps, step: int) -> str:
+    """What to do about a step that has no seal, for an error."""
+    return (
+        f"{steps.directory}: {short(steps.unsealed())} there have no seal: of plain Orbax, of an older shardadam, or "
+        f"of a run that was ended in a save. Nothing says whether they are whole: restore(like, {step}, verify=False) "
+        f"takes one as it is, adopt({step}) seals it as it is"
+    )
+
+
+def _verified_seal(steps: Steps, step: int) -> Seal:
+    """The seal of a step whose files are what it says."""
+    try:
+        seal = read_seal(steps, step)
+    except CheckpointError as error:
+        raise Damaged(str(error)) from None
+    _refuse(file_faults(steps, seal))
+    return seal
+
+
+def _refuse(faults: Sequence[str]) -> None:
+    if faults:
+        more = f" and {len(faults) - _MAX_LISTED} more" if len(faults) > _MAX_LISTED else ""
+        raise Damaged("; ".join(faults[:_MAX_LISTED]) + more)
+
+
+def _newest(steps: Steps, without: Sequence[int]) -> tuple[int, bool] | None:
+    """The newest step with a seal, and whether the step itself is lost; listed anew: others may be deleting."""
+
+    def newest() -> Any:
+        sealed = steps.sealed()
+        return next(([step, step not in sealed] for step in reversed(steps.seals()) if step not in without), None)
+
+    found = on_process_zero(steps.key("newest"), newest)
+    return None if found is None else (found[0], found[1])
+
+
+def _report_unsealed(steps: Steps) -> None:
+    sealed = steps.sealed()
+    if sealed and (newer := [step for step in steps.unsealed() if step > sealed[-1]]):
+        log.warning(
+            "%s: %s, newer than the last sealed one, %d, have no seal and are not restored: the run may have been "
+            "ended in a save, or the seals are lost",
+            *(steps.directory, short(newer), sealed[-1]),
+        )

@@ -1,0 +1,229 @@
+"""Which steps a directory holds, and how one leaves it: by one rename, so that no lister ever sees half a step.
+
+DIRECTORY/<step>/             what Orbax wrote
+DIRECTORY/seals/<step>.json   its seal; a step counts as saved when it is there
+DIRECTORY/damaged/            steps that were moved aside, with the reason; never deleted
+DIRECTORY/trash/              what is being deleted
+"""
+
+import contextlib
+import itertools
+import logging
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Sequence
+
+from etils import epath
+
+from shardadam.checkpoint import reading
+from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.seal import Seal
+
+SEALS, DAMAGED, TRASH = "seals", "damaged", "trash"
+
+_made = itertools.count()  # Alike in all processes, which make the same Checkpointers in the same order.
+
+log = logging.getLogger("shardadam.checkpoint")
+
+
+class Steps:
+    """The steps in a directory.
+
+    Args:
+      directory: the Checkpointer's.
+    """
+
+    def __init__(self, directory: epath.Path) -> None:
+        self.directory = directory
+        self._number = next(_made)
+
+    def key(self, name: str) -> str:
+        """A name for what the processes say to each other about these steps, see `together`.
+
+        Those who say it in other threads, about other directories, say it under other names.
+        """
+        return f"checkpoints {self._number}: {name}"
+
+    def path(self, step: int) -> epath.Path:
+        """Of what Orbax wrote."""
+        return self.directory / str(step)
+
+    def seal_path(self, step: int) -> epath.Path:
+        """Of the step's seal."""
+        return self.directory / SEALS / f"{step}.json"
+
+    def sealed(self) -> list[int]:
+        """The saved steps, ascending: those with a seal."""
+        return [step for step in self.seals() if self.path(step).is_dir()]
+
+    def seals(self) -> list[int]:
+        """The steps that have a seal, ascending; a step whose own directory is gone, too."""
+        with contextlib.suppress(FileNotFoundError):
+            names = (path.name.removesuffix(".json") for path in (self.directory / SEALS).iterdir())
+            return sorted(int(name) for name in names if name.isdecimal())
+        return []
+
+    def unsealed(self) -> list[int]:
+        """The steps that Orbax committed and nobody sealed, ascending.
+
+        Of an older shardadam or plain Orbax, or of a process that was killed before it could write the seal.
+        """
+        seals = self.seals()
+        return [step for step in reading.committed_steps(self.directory) if step not in seals]
+
+    def read_seal(self, step: int) -> Seal:
+        """The seal of a step.
+
+        Raises:
+          CheckpointError: it is damaged, or that of another step, or there is none.
+        """
+        try:
+            text = self.seal_path(step).read_bytes()
+        except FileNotFoundError:
+            raise CheckpointError("there is no seal") from None
+        seal = Seal.from_text(text.decode(errors="replace"))
+        if seal.step != step:
+            raise CheckpointError(f"the seal is that of step {seal.step}")
+        return seal
+
+    def write_seal(self, seal: Seal) -> None:
+        """Makes a step count as saved, in one rename."""
+        path = self.seal_path(seal.step)
+        path.parent.mkdir(exist_ok=True)
+        write_durably(path, seal.to_text())
+
+    def set_aside(self, step: int, why: str) -> epath.Path:
+        """Moves a step that is not to be restored, and its seal, to `damaged`, where it stays until a user removes it.
+
+        Returns:
+          Where it is now.
+        """
+        name = f"{step}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
+        target = self.directory / DAMAGED / name
+        target.parent.mkdir(exist_ok=True)
+        write_durably(target.with_name(f"{name}.txt"), why + "\n")
+        # The step first: a seal without one is reported again, a step without a seal would be as one never finished.
+        _move(self.path(step), target)
+        _move(self.seal_path(step), target.with_name(f"{name}.json"))
+        log.warning("step %d moved to %s: %s", step, target, why)
+        return target
+
+    def delete(self, step: int) -> None:
+        """Deletes a step: first it stops counting as saved, then its directory leaves the listing, then it is removed.
+
+        Each of the three is one rename or harmless to repeat: `sweep` goes on where a process was killed.
+        """
+        trash = self.directory / TRASH
+        trash.mkdir(exist_ok=True)
+        name = f"{step}-{uuid.uuid4().hex[:12]}"
+        _move(self.seal_path(step), trash / f"{name}.json")
+        self._empty(trash / f"{name}.json")
+
+    def sweep(self) -> None:
+        """Ends deletions that were cut short."""
+        trash = self.directory / TRASH
+        if not trash.exists():
+            return
+        for record in sorted(trash.glob("*.json")):
+            self._empty(record)
+        for left in trash.iterdir():
+            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    def _empty(self, record: epath.Path) -> None:
+        """Removes the step that `record`, its former seal, stands for."""
+        step, name = int(record.name.partition("-")[0]), record.name.removesuffix(".json")
+        if not self.seal_path(step).exists():  # Else it was saved anew since.
+            _move(self.path(step), record.with_name(name))
+        if record.with_name(name).exists():
+            shutil.rmtree(record.with_name(name))
+        record.unlink(missing_ok=True)
+
+
+def make_room(steps: Steps, step: int) -> None:
+    """Makes sure that a step can be saved: nothing of that number or a greater one is there, saved or not.
+
+    Raises:
+      CheckpointError: it, or a later one, is saved.
+    """
+    steps.sweep()
+    saved = steps.sealed()
+    if saved and step <= saved[-1]:
+        raise CheckpointError(
+            f"step {step}: not saved: {steps.directory} holds {short(saved)} already; steps must ascend. Restore "
+            "the latest and go on from there, or save in another directory"
+        )
+    in_the_way = sorted(left for left in {*steps.unsealed(), *steps.seals()} - set(saved) if left >= step)
+    seals = steps.directory / SEALS
+    if in_the_way and not seals.exists():
+        raise CheckpointError(
+            f"step {step}: not saved: {steps.directory} holds {short(in_the_way)} of plain Orbax or of an older "
+            f"shardadam; adopt({in_the_way[-1]}) and go on from there, or save in another directory"
+        )
+    seals.mkdir(exist_ok=True)
+    for left in in_the_way:
+        why = "its directory is gone" if left in steps.seals() else "it has no seal: a run was ended in this save"
+        steps.set_aside(left, f"{why}, or its seal was lost; in the way of step {step}")
+
+
+def delete_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:
+    """Deletes all sealed steps but the last `max_to_keep` and the multiples of `keep_period`.
+
+    What cannot be deleted is logged, and tried again after the next save: the new step is saved all the same.
+    """
+    for step in [] if max_to_keep is None else steps.sealed()[:-max_to_keep]:
+        if keep_period is None or step % keep_period:
+            try:
+                steps.delete(step)
+            except OSError as error:
+                log.warning("step %d of %s could not be deleted: %s", step, steps.directory, error)
+
+
+def short(steps: Sequence[int]) -> str:
+    """Steps for an error message: all of them, or how many there are and the last ones."""
+    if len(steps) > 8:
+        return f"{len(steps)} steps, the last {', '.join(map(str, steps[-4:]))}"
+    return ("steps " + ", ".join(map(str, steps))) if steps else "no steps"
+
+
+def write_durably(path: epath.Path, text: str) -> None:
+    """Writes a small file: whole or not at all, and on the disk when this returns."""
+    if not is_local(path):
+        path.write_text(text)  # An object store has neither half objects nor directories.
+        return
+    draft = f"{os.fspath(path)}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: epath.Path) -> None:
+    """Makes the names in a directory survive a loss of power."""
+    if is_local(path):
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def is_local(path: epath.Path) -> bool:
+    """Whether a path is a file system's, and not an object store's."""
+    return "://" not in os.fspath(path)
+
+
+def _move(source: epath.Path, target: epath.Path) -> None:
+    """Renames what is there, and makes both names durable."""
+    if not source.exists() and not os.path.islink(source):
+        return
+    source.rename(target)
+    sync_directory(target.parent)
+    sync_directory(source.parent)

@@ -1,0 +1,160 @@
+"""Is a step what its seal says? Its files byte for byte, and its leaves digest by digest."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from shardadam.checkpoint import reading
+from shardadam.checkpoint.digest import digests, host_digest
+from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key
+from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.seal import Seal, SealedLeaf
+from shardadam.checkpoint.sealing import hash_together, list_files
+from shardadam.checkpoint.steps import Steps
+from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, item_tree
+from shardadam.checkpoint.together import on_process_zero
+
+
+def read_seal(steps: Steps, step: int) -> Seal:
+    """The seal of a step, as process 0 reads it. All processes call this.
+
+    Raises:
+      CheckpointError: it is damaged, or that of another step, or there is none.
+    """
+    return Seal.from_text(on_process_zero(steps.key("seal"), lambda: steps.read_seal(step).to_text()))
+
+
+def file_faults(steps: Steps, seal: Seal, *, below: str = "") -> list[str]:
+    """How a step's files differ from its seal; empty if they do not. All processes call this, and get the same.
+
+    Args:
+      steps: of the directory.
+      seal: the step's.
+      below: look only at files whose path begins so.
+
+    Returns:
+      For each fault one line. Without any, exactly the files that were sealed are there, with every bit.
+    """
+    path = steps.path(seal.step)
+    try:
+        there = on_process_zero(steps.key("files"), lambda: list_files(path))
+    except (OSError, CheckpointError) as error:
+        return [str(error)]
+    wanted = {name: file for name, file in seal.files.items() if name.startswith(below)}
+    there = {name: size for name, size in there.items() if name.startswith(below)}
+    faults = [f"{name}: is not there" for name in wanted if name not in there]
+    faults += [f"{name}: was not there when the step was sealed" for name in there if name not in wanted]
+    both = {name: size for name, size in there.items() if name in wanted}
+    faults += [
+        f"{name}: has {size} bytes, sealed with {wanted[name].size}"
+        for name, size in both.items()
+        if size != wanted[name].size
+    ]
+    if faults:
+        return faults  # What is damaged already need not be hashed.
+    try:
+        found = hash_together(steps, path, both)
+    except (OSError, CheckpointError) as error:
+        return [str(error)]
+    return [f"{name}: its bytes are not those that were sealed" for name in both if found[name] != wanted[name]]
+
+
+def shape_faults(saved: Mapping[tuple[str, ...], Any], seal: Seal) -> list[str]:
+    """How the shapes and dtypes that Orbax's metadata tells differ from the seal's; before anything is allocated.
+
+    Args:
+      saved: Orbax's metadata by the names of the keypaths, see `reading.saved_leaves`.
+      seal: the step's.
+    """
+    there = {"/".join(names): (tuple(leaf.shape), np.dtype(leaf.dtype).name) for names, leaf in saved.items()}
+    wanted = {path: (leaf.shape, leaf.dtype) for path, leaf in seal.leaves.items()}
+    return [
+        f"`{path}`: is {_shown(there.get(path))}, sealed as {_shown(wanted.get(path))}"
+        for path in {**wanted, **there}
+        if there.get(path) != wanted.get(path)
+    ]
+
+
+def leaf_faults(slots: Sequence[Slot], seal: Seal) -> list[str]:
+    """How leaves in memory differ from a seal. All processes call this; nothing is gathered.
+
+    Args:
+      slots: of the state, each `like` the leaf itself.
+      seal: of the step that it was restored from.
+    """
+    slots = [_as_sealed(slot, seal.leaves[slot.path]) for slot in slots]
+    pairs = zip(slots, digests(slots), strict=True)
+    return [_leaf_fault(slot.path) for slot, digest in pairs if digest.text != seal.leaves[slot.path].digest]
+
+
+def stored_leaf_faults(step_directory: epath.Path, seal: Seal, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[str]:
+    """How leaves on disk differ from a seal, leaf by leaf, on a machine with any devices.
+
+    Args:
+      step_directory: of the step.
+      seal: its seal.
+      chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
+    """
+    faults = shape_faults(reading.saved_leaves(step_directory), seal)
+    yield from faults
+    if not faults:
+        for leaf, x in stored_leaves(step_directory, chunk_bytes=chunk_bytes):
+            if host_digest(x, leaf.path).text != seal.leaves[leaf.path].digest:
+                yield _leaf_fault(leaf.path)
+
+
+def stored_leaves(step_directory: epath.Path, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[Leaf, np.ndarray]]:
+    """Every leaf of a step with its content, on the host, in its dtype on disk.
+
+    Args:
+      step_directory: of the step.
+      chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
+    """
+    item = step_directory / reading.STATE
+    leaves = [x for x in jax.tree.leaves(item_tree(item)) if isinstance(x, Leaf)]
+    chunk: list[Leaf] = []
+    for i, leaf in enumerate(leaves):
+        chunk.append(leaf)
+        following = leaves[i + 1].nbytes if i + 1 < len(leaves) else chunk_bytes
+        if sum(x.nbytes for x in chunk) + following > chunk_bytes:
+            yield from _loaded(item, chunk)
+            chunk = []
+    yield from _loaded(item, chunk)
+
+
+def _loaded(item: epath.Path, chunk: Sequence[Leaf]) -> Iterator[tuple[Leaf, np.ndarray]]:
+    if not chunk:
+        return
+    wanted = {leaf.names for leaf in chunk}
+
+    def target(keypath: tuple[Any, ...], saved: Leaf) -> Any:
+        return 0 if saved.names in wanted else ocp.PLACEHOLDER
+
+    targets = jax.tree_util.tree_map_with_path(target, item_tree(item))
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), targets)
+    args = ocp.args.PyTreeRestore(targets, restore_args=as_numpy)
+    found = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(item, args=args))
+    for leaf in chunk:
+        yield leaf, np.asarray(found.pop(leaf.names))
+
+
+def _as_sealed(slot: Slot, sealed: SealedLeaf) -> Slot:
+    """A number that was restored as a Python number or in another dtype, as it is on disk."""
+    if slot.shape or is_key(slot.dtype) or np.dtype(slot.dtype).name == sealed.dtype:
+        return slot
+    x = slot.like
+    value = x if isinstance(x, PYTHON_NUMBERS) else np.asarray(x.addressable_data(0) if isinstance(x, jax.Array) else x)
+    return dataclasses.replace(slot, like=np.asarray(value).astype(sealed.dtype))
+
+
+def _leaf_fault(path: str) -> str:
+    return f"`{path}`: its digest is not the one that was sealed"
+
+
+def _shown(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "not there" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
