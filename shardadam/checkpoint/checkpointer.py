@@ -195,14 +195,14 @@ class Checkpointer:
         if verify not in ("files", "full", False):
             raise ValueError(f"verify: got {verify!r}, wanted 'files', 'full' or False")
         self.wait()
-        wanted, treedef = list(slots(like, plan_of(like, self._plan))), jax.tree.structure(like)
+        wanted = list(slots(like, plan_of(like, self._plan)))
         if step is None and verify:
-            step, leaves = restore_newest(self._steps, wanted, treedef, verify, self._set_aside)
+            step, leaves = restore_newest(self._steps, wanted, verify, self._set_aside)
         else:
             step = chosen(self._steps, None if step is None else operator.index(step), sealed=bool(verify))
-            leaves = restore_step(self._steps, step, wanted, treedef, verify)
+            leaves = restore_step(self._steps, step, wanted, verify)
         self.restored_step = step
-        return jax.tree.unflatten(treedef, leaves)
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
     def adopt(self, step: int) -> None:
         """Seals a step that was committed without a seal, by plain Orbax or an older shardadam: as it is now.

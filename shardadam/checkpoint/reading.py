@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -37,11 +38,25 @@ def saved_leaves(step_directory: epath.Path) -> Mapping[tuple[str, ...], Any]:
         return ocp.tree.to_flat_dict(ocp.StandardCheckpointHandler().metadata(step_directory / STATE).tree)
 
 
-def read_state(step_directory: epath.Path, target: Any) -> Any:
-    """Loads a state into the shapes, dtypes and shardings of `target`, a tree as Orbax's StandardRestore takes it."""
+def read_state(step_directory: epath.Path, targets: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """Loads the leaves of a state by the names of their keypaths.
+
+    Args:
+      step_directory: of the step.
+      targets: for every leaf on disk its shape, dtype and sharding, as Orbax takes it.
+    """
     # The handler itself: an Orbax Checkpointer would wait for the other processes, though one of them may have failed.
+    handler = ocp.PyTreeCheckpointHandler()
     with _naming(step_directory):
-        return ocp.StandardCheckpointHandler().restore(step_directory / STATE, args=ocp.args.StandardRestore(target))
+        # The tree on disk, not that of the state wanted, which may have other containers.
+        tree = handler.metadata(step_directory / STATE).tree
+        target = jax.tree_util.tree_map_with_path(
+            lambda keypath, _: targets[ocp.tree.str_keypath(keypath)], tree, is_leaf=lambda x: hasattr(x, "shape")
+        )
+        how = ocp.checkpoint_utils.construct_restore_args(target)
+        # Partial, as Orbax counts a None in the saved tree, such as a TrainState has for what it does without, a leaf.
+        args = ocp.args.PyTreeRestore(target, restore_args=how, partial_restore=True)
+        return ocp.tree.to_flat_dict(handler.restore(step_directory / STATE, args=args))
 
 
 def read_extra(step_directory: epath.Path) -> Any:

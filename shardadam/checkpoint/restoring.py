@@ -5,7 +5,6 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -46,9 +45,7 @@ class Damaged(CheckpointError):
 SetAside = Callable[[int, str], Damage | None]
 
 
-def restore_newest(
-    steps: Steps, slots: Sequence[Slot], treedef: Any, verify: Verify, set_aside: SetAside
-) -> tuple[int, list[Any]]:
+def restore_newest(steps: Steps, slots: Sequence[Slot], verify: Verify, set_aside: SetAside) -> tuple[int, list[Any]]:
     """Restores the newest sealed step that stands the verification; every damaged one that it meets is set aside.
 
     All processes call this, and restore the same step.
@@ -56,7 +53,6 @@ def restore_newest(
     Args:
       steps: of the directory.
       slots: where the leaves are to be.
-      treedef: of the state.
       verify: "files" or "full", see `Checkpointer.restore`.
       set_aside: told each damaged step and why; gives None if it was deleted meanwhile.
 
@@ -74,7 +70,7 @@ def restore_newest(
         try:
             if lost:
                 raise Damaged("its seal is there, but not its directory")
-            leaves = restore_step(steps, step, slots, treedef, verify)
+            leaves = restore_step(steps, step, slots, verify)
         except Damaged as error:
             damage = set_aside(step, str(error))
             if damage is not None:
@@ -89,7 +85,7 @@ def restore_newest(
     raise CheckpointError(f"{steps.directory}: none of its steps is what its seal says:{listed}")
 
 
-def restore_step(steps: Steps, step: int, slots: Sequence[Slot], treedef: Any, verify: Verify) -> list[Any]:
+def restore_step(steps: Steps, step: int, slots: Sequence[Slot], verify: Verify) -> list[Any]:
     """Restores one step: its leaves in the order of the slots.
 
     Raises:
@@ -105,15 +101,16 @@ def restore_step(steps: Steps, step: int, slots: Sequence[Slot], treedef: Any, v
         _refuse(shape_faults(saved, seal))
     check_match(saved, slots, str(path))
     numbers = [is_scalar(saved[slot.names], slot) for slot in slots]
-    targets = [
-        np.zeros((), saved[slot.names].dtype) if number else slot.target()
+    targets = {
+        slot.names: np.zeros((), saved[slot.names].dtype) if number else slot.target()
         for slot, number in zip(slots, numbers, strict=True)
-    ]
-    target = jax.tree.unflatten(treedef, targets)
-    leaves = jax.tree.leaves(all_succeed(steps.key("state"), lambda: reading.read_state(path, target)))
-    for i, (slot, number) in enumerate(zip(slots, numbers, strict=True)):
-        # In place: a leaf as it was on disk goes as soon as the one in its layout is there.
-        leaves[i] = slot.from_disk(exact(leaves[i], slot) if number else leaves[i])
+    }
+    found = all_succeed(steps.key("state"), lambda: reading.read_state(path, targets))
+    leaves = []
+    for slot, number in zip(slots, numbers, strict=True):
+        x = found.pop(slot.names)  # A leaf as it was on disk goes as soon as the one in its layout is there.
+        leaves.append(slot.from_disk(exact(x, slot) if number else x))
+        del x
     if seal is not None and verify == "full":
         there = [dataclasses.replace(slot, like=x) for slot, x in zip(slots, leaves, strict=True)]
         # Arrays on the host may differ between processes.
