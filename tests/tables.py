@@ -16,6 +16,7 @@ def table_part(text: str) -> str:
 
 def main() -> None:
     import jax
+    import meshes_table
     from shapes_table import page, timing
 
     where = (
@@ -23,6 +24,7 @@ def main() -> None:
         f"{jax.__version__}; {datetime.date.today()}).\n"
     )
     (DOCS / "shapes.md").write_text(page() + timing() + where)
+    (DOCS / "meshes.md").write_text(meshes_table.page())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
+from shardadam import mixing
 from shardadam.checkpoint import digest
 from shardadam.checkpoint.digest import digests, host_digest
 from shardadam.checkpoint.logical import Packing, Slot
@@ -98,7 +99,8 @@ def layouts(draw):
 @given(layout=layouts(), seed=st.integers(0, 99), words=st.sampled_from((2**32, 2**32, 50)))
 def test_any_mesh_and_layout(layout, seed, words):
     sizes, shape, spec, stacked, kind, axis_type = layout
-    before, digest._WORD_COUNTS = digest._WORD_COUNTS, words  # As if a word were short: dims are counted by two.
+    before = mixing.WORD_COUNTS
+    mixing.WORD_COUNTS = digest.WORD_COUNTS = words  # As if a word were short: dims are counted by two.
     digest._summer.cache_clear()
     try:
         mesh, host = make_mesh(sizes, axis_type), bits_of(shape, "float32", seed)
@@ -112,7 +114,7 @@ def test_any_mesh_and_layout(layout, seed, words):
             x = jnp.where(pack(jnp.ones_like(param)) == 1, pack(param), jnp.float32(np.nan))
             assert one(jax.device_put(x, Packing(leaf, mesh).sharding), "w", Packing(leaf, mesh)) == wanted
     finally:
-        digest._WORD_COUNTS = before
+        mixing.WORD_COUNTS = digest.WORD_COUNTS = before
         digest._summer.cache_clear()
 
 

@@ -1,0 +1,100 @@
+"""On every mesh: optax's bits, the plan's bytes, parameters that stay, and no collective but the plan's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import AUTO, EXPLICIT, KINDS, VARIANTS, compile_update, held_per_device, lay, one_device, row, traffic
+from meshes_table import INTRO, OUTRO
+from tables import DOCS
+from trees import adam_state, assert_same_bits, logical, random_tree
+
+import shardadam
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+STEPS = 3
+PAGE = (DOCS / "meshes.md").read_text()
+REMATERIALIZED = "Involuntary full rematerialization"
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v.case.name}, {v.types_name}")
+def test_an_update_on_a_mesh(variant, capfd):
+    laid = lay(variant)
+    plan, mesh = laid.plan, laid.plan.mesh
+    places = jax.tree.map(lambda x: x.sharding, laid.params)
+    wanted, moments = one_device(variant.case.name, STEPS)
+    compiled = {}
+    for kind in KINDS:
+        update = compile_update(laid, kind)
+        compiled[kind] = update.compiled
+        assert REMATERIALIZED not in capfd.readouterr().err
+        assert_only_gathers_of_the_plan(update.compiled, plan)
+        state = update.state
+        for t in range(STEPS):
+            state = update.advance(state, laid.place(random_tree(1 + t, shapes=variant.case.shapes)))
+            params, opt_state = update.params_and_state(state)
+            assert jax.tree.map(lambda x: x.sharding, params) == places
+            assert held_per_device(adam_state(opt_state), mesh) == {plan.state_bytes_per_device()}
+        shardadam.audit(opt_state, plan)
+        assert_same_bits(params, wanted)
+        mine = adam_state(opt_state)
+        assert_same_bits((logical(mine.mu, plan), logical(mine.nu, plan)), (moments.mu, moments.nu))
+    assert row(variant, plan, compiled) in PAGE, "run ./scripts/tables"
+
+
+def assert_only_gathers_of_the_plan(compiled, plan):
+    """One all-gather for each leaf that is split, over the axes it is split over, of just its shards' bytes."""
+    found = traffic(compiled, plan)
+    split = [leaf for leaf in plan.leaves.values() if leaf.num_shards > 1]
+    assert {g.op for g in found} <= {"all-gather"}
+    assert {axis for g in found for axis in g.axes} == {axis for leaf in split for axis in leaf.shard_axes}
+    assert not {"model"} & {axis for g in found for axis in g.axes}
+    assert sum(g.count for g in found) == len(split)
+    sent = sum((leaf.num_shards - 1) * leaf.elements_per_device * leaf.dtype.itemsize for leaf in split)
+    assert sum(g.num_bytes for g in found) == sent == shardadam.estimate_bytes(plan).gather_bytes
+    # `assert_collectives` says the same, in its own way.
+    shardadam.assert_collectives(compiled, plan, num_reductions=0, max_ratio=1.0)
+
+
+def test_the_page_has_just_these_rows():
+    assert PAGE.startswith(INTRO)
+    assert PAGE.endswith(OUTRO)
+    lines = [line for line in PAGE.splitlines() if line.startswith("| ")][1:]
+    assert [tuple(cell.strip() for cell in line.split("|")[1:3]) for line in lines] == [
+        (variant.case.name, variant.types_name) for variant in VARIANTS
+    ]
+
+
+def test_what_each_mesh_splits():
+    """The layouts that the cases stand for are there: or the table would show something else than it says."""
+    plans = {variant.case.name: lay(variant).plan for variant in VARIANTS if set(variant.types) == {AUTO}}
+    for name, plan in plans.items():
+        layouts = {leaf.layout for leaf in plan.leaves.values()}
+        assert layouts == ({"natural"} if name == "fsdp alone" else {"natural", "packed", "whole"}), name
+    fsdp = plans["fsdp alone"].leaves
+    assert all(leaf.state_spec == leaf.param_spec and leaf.num_shards == 1 for leaf in fsdp.values())
+    hsdp = plans["data x fsdp (HSDP)"].leaves
+    assert hsdp["w_in"].param_spec == P("fsdp")
+    assert hsdp["w_in"].shard_axes == ("data",)
+    assert hsdp["bias"].shard_axes == ("data", "fsdp")
+    assert plans["data x model"].leaves["odd"].state_spec == P(("model", "data"))
+    assert plans["data x expert"].leaves["experts_out"].layout == "packed"
+    assert plans["data x expert"].leaves["experts_out"].num_shards == 4
+
+
+def test_axes_of_the_state_that_are_of_two_types_are_refused():
+    mesh = make_mesh({"slice": 2, "data": 4}, (AUTO, EXPLICIT))
+    with pytest.raises(ValueError, match="are of different axis types"):
+        shardadam.make_plan({"w": np.zeros((64, 8), np.float32)}, mesh, axis_name=("slice", "data"))
+
+
+def test_the_capture_sees_a_rematerialization(capfd):
+    """Else its absence above would say nothing."""
+    mesh = make_mesh({"data": 4, "model": 2})
+    before, after = NamedSharding(mesh, P("data")), NamedSharding(mesh, P(None, "model"))
+    moved = jax.jit(lambda x: jax.lax.with_sharding_constraint(jnp.sin(x), after) * 2, in_shardings=before)
+    moved.lower(jnp.ones((16, 16))).compile()
+    assert REMATERIALIZED in capfd.readouterr().err
