@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from shardadam.params import pack_params, unpack_params
     from shardadam.plan import Plan, make_plan
     from shardadam.replicas import DivergenceError, check_replicas
+    from shardadam.sharded import shard
     from shardadam.sharding import ShardingError, audit
     from shardadam.step import make_train_step
     from shardadam.train_state import TrainState
@@ -51,6 +52,7 @@ _HOME = {
     "pack": "layout",
     "pack_params": "params",
     "scale_by_adam": "optimizer",
+    "shard": "sharded",
     "total_and_weight": "gradients",
     "unpack": "layout",
     "unpack_params": "params",
@@ -83,6 +85,7 @@ __all__ = [
     "pack",
     "pack_params",
     "scale_by_adam",
+    "shard",
     "total_and_weight",
     "unpack",
     "unpack_params",

@@ -1,24 +1,21 @@
 """`adam`, `adamw`, `nadam`, `nadamw`: the plan, the maths and the placement as optax transformations."""
 
 import functools
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 
+from shardadam.adam_rule import adam_rule
 from shardadam.layout import LeafPlan
-from shardadam.moments import Hyperparams, Step, bias_corrections, safe_increment, update_leaf
-from shardadam.placement import resolve_plan
-from shardadam.plan import Plan, is_none, path_name
-from shardadam.sharding import check_context, constrain, map_leaves, sharded_zeros
+from shardadam.moments import Hyperparams
+from shardadam.plan import Plan, path_name
+from shardadam.sharded import place, split
+from shardadam.sharding import constrain
 from shardadam.transformation import ShardedTransformation, select, transformation
-from shardadam.update import check_shapes, keep_step, update_on_mesh
 
 
 def scale_by_adam(
@@ -35,58 +32,8 @@ def scale_by_adam(
 ) -> ShardedTransformation:
     """`adam` before its learning rate, as `optax.scale_by_adam`; the arguments, maths and errors are `adam`'s."""
     mu_dtype = None if mu_dtype is None else jax.dtypes.canonicalize_dtype(mu_dtype)
-    hyperparams = Hyperparams(b1, b2, eps, eps_root)
-    plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
-    made_on: list[Mesh | AbstractMesh] = []  # The ambient mesh of init, if any: update must not come without one.
-
-    def init_fn(params: Any) -> optax.ScaleByAdamState:
-        on = _sharded(plan_of(params))
-        if mesh is None and plan is None:
-            made_on[:] = [] if on is None else [on.mesh]
-        if on is None:
-            count, zeros = jnp.zeros([], jnp.int32), _zeros
-        else:
-            map_leaves(_check_param, params, on)
-            count, zeros = sharded_zeros((), jnp.int32, P(), on.mesh), functools.partial(_state_zeros, on)
-        return optax.ScaleByAdamState(count=count, mu=zeros(params, mu_dtype), nu=zeros(params, None))
-
-    def update_fn(
-        updates: Any,
-        state: optax.ScaleByAdamState,
-        params: Any = None,
-        *,
-        shards_of: Plan | None = None,
-        packed: bool = True,
-        keep: jax.Array | None = None,
-        **extra: Any,
-    ) -> tuple[Any, optax.ScaleByAdamState]:
-        del extra
-        on = shards_of or _sharded(plan_of(updates if params is None else params))
-        if on is not None:
-            check_context(on.mesh)
-        elif made_on:
-            raise ValueError(
-                f"update: the state was made under jax.set_mesh({made_on[0]}), and there is no mesh now: the "
-                "parameters would be moved; enter the mesh here as well, or give the optimizer mesh= or plan="
-            )
-        paths, grads, mu, nu, rebuild = _with_gradients(updates, state)
-        count = safe_increment(jnp.asarray(state.count))
-        if on is None:
-            corrections = bias_corrections(count, hyperparams)
-            rows = zip(grads, mu, nu, strict=True)
-            steps = [
-                keep_step(keep, update_leaf(*row, hyperparams, corrections, nesterov=nesterov), *row[1:])
-                for row in rows
-            ]
-        else:
-            leaves = tuple(on.leaf(path) for path in paths)
-            sharded = tuple(shards_of is not None and (packed or leaf.layout != "packed") for leaf in leaves)
-            check_shapes(paths, leaves, sharded, grads, mu, nu)
-            steps = update_on_mesh(grads, mu, nu, count, keep, hyperparams, leaves, sharded, on.mesh, nesterov)
-        count = select(keep, count, state.count)
-        return rebuild(0, steps), optax.ScaleByAdamState(count=count, mu=rebuild(1, steps), nu=rebuild(2, steps))
-
-    return transformation(init_fn, update_fn, plan_of, takes_keep=True)
+    rule = adam_rule(Hyperparams(b1, b2, eps, eps_root), mu_dtype, nesterov=nesterov)
+    return place(rule, mesh=mesh, axis_name=axis_name, plan=plan)
 
 
 def adam(
@@ -208,28 +155,6 @@ nadamw = functools.partial(adamw, nesterov=True)
 nadamw.__doc__ = "`adamw` with Nesterov momentum, as `optax.nadamw` (Dozat 2016)."
 
 
-def _with_gradients(
-    updates: Any, state: optax.ScaleByAdamState
-) -> tuple[list[str], list[Any], list[Any], list[Any], Callable[[int, Sequence[Step]], Any]]:
-    """(paths, grads, mu, nu) of the leaves that have a gradient, and what makes a tree of one field of their steps.
-
-    A None gradient takes its moments with it, as in optax.
-    """
-    keyed, treedef = jax.tree_util.tree_flatten_with_path(updates, is_leaf=is_none)
-    moments = (treedef.flatten_up_to(tree) for tree in (state.mu, state.nu))
-    rows = list(zip([path_name(k) for k, _ in keyed], [g for _, g in keyed], *moments, strict=True))
-    present = [i for i, (_, g, _, _) in enumerate(rows) if g is not None]
-
-    def rebuild(field: int, steps: Sequence[Step]) -> Any:
-        whole: list[Any] = [None] * len(rows)
-        for i, step in zip(present, steps, strict=True):
-            whole[i] = step[field]
-        return treedef.unflatten(whole)
-
-    paths, grads, mu, nu = ([rows[i][column] for i in present] for column in range(4))
-    return paths, grads, mu, nu, rebuild
-
-
 def _chain(
     learning_rate: optax.ScalarOrSchedule, first: ShardedTransformation, *rest: optax.GradientTransformation
 ) -> ShardedTransformation:
@@ -238,7 +163,7 @@ def _chain(
 
     def init_fn(params: Any) -> Any:
         state = chain.init(params)
-        on = _sharded(first.plan_of(params, quiet=True))
+        on = split(first.plan_of(params, quiet=True))
         return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
 
     def update_fn(updates: Any, state: Any, params: Any = None, *, keep: jax.Array | None = None, **extra: Any) -> Any:
@@ -249,42 +174,10 @@ def _chain(
     return transformation(init_fn, update_fn, first.plan_of, learning_rate=learning_rate, takes_keep=True)
 
 
-def _sharded(plan: Plan | None) -> Plan | None:
-    """The plan where there is something to split; on no mesh, and on one device, plain optax does."""
-    return None if plan is None or plan.mesh.size == 1 else plan
-
-
 def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:
     """A fresh array of one device, replicated over the mesh; anything that has its place already, as it is."""
     placed = isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array) or x.committed
     return x if placed else constrain(x, mesh, P())
-
-
-def _zeros(params: Any, dtype: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.zeros(np.shape(x), dtype or jnp.result_type(x)), params)
-
-
-def _state_zeros(plan: Plan, params: Any, dtype: Any) -> Any:
-    """Zeros in the state's layout for every parameter."""
-    return map_leaves(
-        lambda leaf, x, path: sharded_zeros(leaf.state_shape, dtype or _dtype(x), leaf.state_spec, plan.mesh),
-        params,
-        plan,
-    )
-
-
-def _dtype(x: Any) -> Any:
-    return jax.dtypes.canonicalize_dtype(jnp.result_type(x))
-
-
-def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:
-    got, dtype = np.shape(x), _dtype(x)
-    # Wider ones are masters of the plan's parameters.
-    if got != leaf.shape or jnp.promote_types(dtype, leaf.dtype) != dtype:
-        raise ValueError(
-            f"`{path}`: the parameter is {dtype}{list(got)}, the plan has {leaf.dtype}{list(leaf.shape)}; make the "
-            "plan from these parameters"
-        )
 
 
 def _abstract(leaf: LeafPlan) -> jax.ShapeDtypeStruct:

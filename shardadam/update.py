@@ -1,145 +1,175 @@
-"""Adam on the shards of many leaves: gradients to the state's layout, the kernel, the updates back."""
+"""An element-wise transformation on a mesh: its own `init` and `update`, from whole leaves to shards and back."""
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import LeafPlan
-from shardadam.moments import Hyperparams, Step, bias_corrections, update_leaf
+from shardadam.plan import Plan
+from shardadam.program import Program, Result, make_program, run
 from shardadam.sharding import constrain, pack_leaf, unpack_leaf
-from shardadam.transformation import select
+from shardadam.slots import Slot, check_shapes, logical, logical_slots, param_slots, state_slots
+
+InShards = Literal["none", "shaped", "all"]
+"""Which leaves of grads, params and updates lie as the state does: none, those that keep their shape so, or all."""
 
 
-def check_shapes(
-    paths: Sequence[str], leaves: Sequence[LeafPlan], sharded: Sequence[bool], grads: Any, mu: Any, nu: Any
-) -> None:
-    """Refuses what does not fit the plan by the leaf's name, before XLA does by an operand's number."""
-    for path, leaf, in_shards, g, *moments in zip(paths, leaves, sharded, grads, mu, nu, strict=True):
-        wanted = leaf.state_shape if in_shards else leaf.shape
-        if jnp.shape(g) != wanted:
+def initializer(rule: optax.GradientTransformation) -> Callable[[Any, Plan], Any]:
+    """`rule.init` on a mesh: `(params, plan) -> state`, each device making its own shards.
+
+    What it compiles lives as long as it does: a rule may hold on to the caller's tracers.
+    """
+
+    def program(params: Any, plan: Plan) -> Program:
+        return make_program(
+            rule.init, [params], [param_slots(params, plan)], lambda out: logical_slots(out, plan), plan
+        )
+
+    @functools.partial(jax.jit, static_argnames=("shapes", "plan"), inline=True)
+    def make(params: Any, *, shapes: Any, plan: Plan) -> Any:
+        if shapes is not None:  # Nothing comes of the parameters' values.
+            params = jax.tree.unflatten(shapes[0], [jnp.zeros(x.shape, x.dtype) for x in shapes[1]])
+        made = program(params, plan)
+        shards = [_to_shard(*row, plan) for row in zip(jax.tree.leaves(params), made.ins, strict=True)]
+        return jax.tree.structure(made.traced.out).unflatten(_placed(run(made, shards), made.outs, plan))
+
+    def init(params: Any, plan: Plan) -> Any:
+        if isinstance(plan.mesh, AbstractMesh) and not isinstance(jnp.zeros([]), jax.core.Tracer):
             raise ValueError(
-                f"`{path}`: the gradient has shape {jnp.shape(g)}, the plan has {wanted}; make the plan from the "
-                "parameters that these are the gradients of"
+                f"plan: made without devices, for {dict(plan.mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
             )
-        for name, x in zip(("mu", "nu"), moments, strict=True):
-            if jnp.shape(x) != leaf.state_shape:
-                raise ValueError(
-                    f"`{path}`: {name} has shape {jnp.shape(x)}, the plan has {leaf.state_shape} ({leaf.layout}); the "
-                    "state was made with another plan, or by optax: use this transformation's own init, or restore the "
-                    "state with shardadam.Checkpointer, which converts"
-                )
+        traced = program(params, plan)
+        if any(kind.owner is not None for kind in traced.kinds):
+            return make(on_mesh(params, plan), shapes=None, plan=plan)
+        leaves, treedef = jax.tree.flatten(logical(params, traced.ins))
+        return make(None, shapes=(treedef, tuple(leaves)), plan=plan)
+
+    return init
 
 
-def update_on_mesh(
-    grads: list[jax.Array],
-    mu: list[jax.Array],
-    nu: list[jax.Array],
-    count: jax.Array,
-    keep: jax.Array | None,
-    hyperparams: Hyperparams,
-    leaves: tuple[LeafPlan, ...],
-    sharded: tuple[bool, ...],
-    mesh: Mesh | AbstractMesh,
-    nesterov: bool,
-) -> list[Step]:
-    """Adam on the shards, from gradients and to updates that are in shards themselves where `sharded` says so."""
-    if isinstance(mesh, Mesh):  # Eager gradients may still be on one device.
-        grads = [
-            g if in_shards or isinstance(g, jax.core.Tracer) else constrain(g, mesh, leaf.param_spec)
-            for g, leaf, in_shards in zip(grads, leaves, sharded, strict=True)
+def updater(rule: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[Any, Any]]:
+    """`rule.update` on a mesh; what it compiles lives as long as it does.
+
+    It takes `(updates, state, params, extra, keep)`, where `extra` is a dict of rule.update's further keywords, and
+    static: the plan, which leaves are `in_shards`, and pairs of those keywords that are no arrays.
+    """
+
+    @functools.partial(jax.jit, static_argnames=("plan", "in_shards", "static"), inline=True)
+    def kernel(
+        updates: Any, state: Any, params: Any, extra: Any, keep: Any, *, plan: Plan, in_shards: InShards, static: Any
+    ) -> tuple[Any, Any]:
+        trees = (updates, state, params, extra)
+        slots = [f(x, plan) for f, x in zip((param_slots, state_slots, param_slots, logical_slots), trees, strict=True)]
+        made = update_program(rule, trees, slots, static, plan)
+        shards = [
+            [_to_shard(x, slot, plan, _lies(slot, where)) for x, slot in zip(jax.tree.leaves(tree), each, strict=True)]
+            for tree, each, where in zip(trees, slots, (in_shards, "all", in_shards, "none"), strict=True)
         ]
-    # Python scalars stay Python's: 1 - b1 is taken in double precision, as in optax, and folded into the program.
-    static = tuple(h if isinstance(h, int | float) else None for h in hyperparams)
-    arrays = tuple(None if isinstance(h, int | float) else jnp.asarray(h) for h in hyperparams)
-    options = _Options(static, leaves, sharded, mesh, nesterov)
-    return _kernel(grads, mu, nu, count, keep, arrays, options=options)
+        shards[0] = [_as_value(g, slot) for g, slot in zip(shards[0], slots[0], strict=True)]
+        count = len(jax.tree.leaves(made.traced.out[0]))
+        gradient_of = {slot.path: i for i, slot in enumerate(slots[0])}
+        state_at = {slot.keypath: len(slots[0]) + i for i, slot in enumerate(slots[1])}
+        results = run(
+            made,
+            [x for each in shards for x in each],
+            updates=count,
+            before=[gradient_of.get(slot.path) for slot in made.outs[:count]]
+            + [state_at.get(slot.keypath) for slot in made.outs[count:]],
+            keep=keep,
+        )
+        done = [
+            _from_shard(x, slot, plan, _lies(slot, in_shards))
+            for x, slot in zip(results[:count], made.outs, strict=False)
+        ]
+        done += _placed(results[count:], made.outs[count:], plan)
+        return jax.tree.structure(made.traced.out).unflatten(done)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any,
+        *,
+        plan: Plan,
+        in_shards: InShards,
+        keep: jax.Array | None,
+        extra: dict[str, Any],
+    ) -> tuple[Any, Any]:
+        check_shapes(updates, param_slots(updates, plan), lambda slot: _lies(slot, in_shards))
+        arrays = {k: v for k, v in extra.items() if all(map(_is_array, jax.tree.leaves(v)))}
+        static = tuple((k, v) for k, v in extra.items() if k not in arrays)
+        updates, params = (on_mesh(tree, plan, in_shards) for tree in (updates, params))
+        return kernel(updates, state, params, arrays, keep, plan=plan, in_shards=in_shards, static=static)
+
+    return update
 
 
-class _Options(NamedTuple):
-    """What one compiled update is specialised on."""
+def update_program(rule: Any, trees: Any, slots: Any, static: tuple[tuple[str, Any], ...], plan: Plan) -> Program:
+    """`rule.update` of `(updates, state, params, extra)`, of arrays or of ShapeDtypeStructs."""
 
-    hyperparams: tuple[float | None, ...]
-    leaves: tuple[LeafPlan, ...]
-    sharded: tuple[bool, ...]
-    mesh: Mesh | AbstractMesh
-    nesterov: bool
+    def update(updates: Any, state: Any, params: Any, extra: Any) -> Any:
+        return rule.update(updates, state, params, **extra, **dict(static))
 
+    def outs(out: Any) -> list[Slot]:
+        return param_slots(out[0], plan) + logical_slots(out[1], plan)
 
-@functools.partial(jax.jit, static_argnames="options", inline=True)
-def _kernel(grads: Any, mu: Any, nu: Any, count: Any, keep: Any, arrays: Any, *, options: _Options) -> list[Step]:
-    """Gradients to the state's layout, Adam on each device's shards, the updates back to the parameters' own specs."""
-    _, leaves, sharded, mesh, nesterov = options
-
-    def each(f: Callable[..., Any], *columns: Any) -> list[Any]:
-        return [f(*row) for row in zip(*columns, strict=True)]
-
-    def place(xs: Any) -> list[jax.Array]:
-        return each(lambda x, leaf: constrain(x, mesh, leaf.state_spec), xs, leaves)
-
-    def on_shards(grads: Any, mu: Any, nu: Any, count: Any, keep: Any, arrays: Any) -> list[tuple[jax.Array, ...]]:
-        given = zip(options.hyperparams, arrays, strict=True)
-        hyperparams = Hyperparams(*(array if scalar is None else scalar for scalar, array in given))
-        corrections = bias_corrections(count, hyperparams)
-
-        def one(leaf: LeafPlan, g: jax.Array, m: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
-            own = _defined_on_padding(hyperparams, leaf, v)
-            return tuple(keep_step(keep, update_leaf(g, m, v, own, corrections, nesterov=nesterov), m, v))
-
-        return each(one, leaves, grads, mu, nu)
-
-    def own_shard(g: jax.Array, leaf: LeafPlan, in_shards: bool) -> jax.Array:
-        return _as_value(constrain(g, mesh, leaf.state_spec) if in_shards else pack_leaf(g, leaf, mesh), leaf)
-
-    grads = each(own_shard, grads, leaves, sharded)
-    scalars = jax.tree.map(lambda x: constrain(x, mesh, P()), (count, keep, arrays))
-    specs = [leaf.state_spec for leaf in leaves]
-    # Manual axes: XLA sees the very program of one device, and so rounds and fuses as it does there.
-    steps = jax.shard_map(
-        on_shards,
-        mesh=mesh,
-        in_specs=(specs, specs, specs, *jax.tree.map(lambda _: P(), scalars)),
-        out_specs=[(spec, spec, spec) for spec in specs],
-    )(grads, place(mu), place(nu), *scalars)
-
-    def pin(step: tuple[jax.Array, ...], leaf: LeafPlan, in_shards: bool) -> Step:
-        u, *moments = step
-        u = constrain(u, mesh, leaf.state_spec) if in_shards else unpack_leaf(u, leaf, mesh)
-        return Step(u, *(constrain(x, mesh, leaf.state_spec) for x in moments))
-
-    return each(pin, steps, leaves, sharded)
+    return make_program(update, trees, slots, outs, plan)
 
 
-def keep_step(keep: jax.Array | None, step: Step, mu: jax.Array, nu: jax.Array) -> Step:
-    """The step where `keep` is True or None; where it is False no update, and the moments as they were."""
-    return Step(select(keep, step.update, 0), select(keep, step.mu, mu), select(keep, step.nu, nu))
+def on_mesh(tree: Any, plan: Plan, in_shards: InShards = "none") -> Any:
+    """A tree like the parameters whose eager arrays, which may still be on one device, are on the plan's mesh."""
+    if not isinstance(plan.mesh, Mesh):
+        return tree
+
+    def place(x: Any, slot: Slot) -> Any:
+        if isinstance(x, jax.core.Tracer) or _lies(slot, in_shards):
+            return x
+        return constrain(x, plan.mesh, P() if slot.leaf is None else slot.leaf.param_spec)
+
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef.unflatten([place(*row) for row in zip(leaves, param_slots(tree, plan), strict=True)])
 
 
-def _as_value(g: jax.Array, leaf: LeafPlan) -> jax.Array:
+def _lies(slot: Slot, in_shards: InShards) -> bool:
+    """Whether a leaf of grads, params or updates is in the state's layout."""
+    return in_shards == "all" or (in_shards == "shaped" and (slot.leaf is None or slot.leaf.layout != "packed"))
+
+
+def _to_shard(x: jax.Array, slot: Slot, plan: Plan, in_layout: bool = False) -> jax.Array:
+    """A leaf in the state's layout, which it may have already. Inverse of `_from_shard`."""
+    if slot.leaf is None or in_layout:
+        return constrain(jnp.asarray(x), plan.mesh, slot.spec)
+    return pack_leaf(x, slot.leaf, plan.mesh)
+
+
+def _from_shard(result: Result, slot: Slot, plan: Plan, in_layout: bool) -> jax.Array:
+    """An update as optax returns it, or in the state's layout.
+
+    Its last factor, the learning rate, comes here: in one fusion with the sum with the parameter, where one FMA takes
+    both, as on one device.
+    """
+    x, factor = result
+    x = constrain(x, plan.mesh, slot.spec) if slot.leaf is None or in_layout else unpack_leaf(x, slot.leaf, plan.mesh)
+    return x if factor is None else x * factor
+
+
+def _placed(results: list[Result], slots: list[Slot], plan: Plan) -> list[jax.Array]:
+    """The leaves of a state."""
+    return [constrain(result.x, plan.mesh, slot.spec) for result, slot in zip(results, slots, strict=True)]
+
+
+def _as_value(g: jax.Array, slot: Slot) -> jax.Array:
     """A gradient's shard as a value of its own.
 
     Without the barrier XLA:CPU fuses its slice into the moments' sums, and for odd shapes contracts b1 mu + (1 - b1) g
     into the other of its two FMAs than in the program of one device, an ulp away from optax. Costs 1/N of a gradient.
     """
-    return jax.lax.optimization_barrier(g) if leaf.num_shards > 1 else g
+    return g if slot.leaf is None or slot.leaf.num_shards == 1 else jax.lax.optimization_barrier(g)
 
 
-def _defined_on_padding(hyperparams: Hyperparams, leaf: LeafPlan, nu: jax.Array) -> Hyperparams:
-    """Hyperparameters for one shard with eps = 1 where the padding is, so that its update is 0 / 1, never 0 / 0.
-
-    Then a norm over the shards is exact. Selecting on the update instead would part its product with the learning rate
-    from the sum with the parameter, which one FMA takes on one device.
-    """
-    if not leaf.padding:
-        return hyperparams
-    dim = leaf.stacked_dims
-    row = jax.lax.axis_index(leaf.shard_axes) * nu.shape[dim] + jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim)
-    lane = jax.lax.broadcasted_iota(jnp.int32, nu.shape, dim + 1)
-    full, rest = divmod(leaf.layer_size // leaf.num_parts, leaf.lanes)
-    real = (row < full) | ((row == full) & (lane < rest))
-    # Weak where it is Python's, so that it takes no part in type promotion, as in optax.
-    return hyperparams._replace(eps=jnp.where(real, hyperparams.eps, 1.0))
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | int | float | complex) or hasattr(x, "__array__")
