@@ -22,7 +22,7 @@ def adam_rule(hyperparams: Hyperparams, mu_dtype: Any, *, nesterov: bool) -> opt
             count=jnp.zeros([], jnp.int32), mu=zeros(params, mu_dtype), nu=zeros(params, None)
         )
 
-    def update_fn(updates: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, Any]:
+    def update_fn(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         grads, mu, nu, rebuild = _with_gradients(updates, state)
         count = safe_increment(jnp.asarray(state.count))

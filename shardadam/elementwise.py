@@ -26,6 +26,7 @@ _ELEMENTWISE = frozenset([
     "sub", "tan", "tanh", "xor",
 ])
 _RESHAPES = frozenset(["broadcast_in_dim", "reshape", "squeeze", "expand_dims"])
+_PLACES = frozenset(["shard_map", "sharding_constraint", "reshard", "mesh_cast"])
 _CALLS = frozenset([
     "jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr",
     "checkpoint", "remat", "remat2",
@@ -41,6 +42,14 @@ _RULE = re.compile(r"(\w+)\.<locals>\.(?:update|init)(?:_fn)?\b")
 
 class NotElementwise(ValueError):
     """An element of a result depends on more than the same element of the arguments, and on scalars."""
+
+    def __init__(self, what: str, where: str = ""):
+        """`what` meets what, and in which transformation, where that is known."""
+        self.what, self.where = what, where
+        place = f" (in {where})" if where else ""
+        super().__init__(
+            f"not element-wise: {what}{place}; keep it out of shardadam.shard, beside it in an optax.chain"
+        )
 
 
 class Part(NamedTuple):
@@ -138,9 +147,13 @@ def _equation(eqn: Any, ins: list[Value], parts: Mapping[str, Part]) -> list[Val
     shape = getattr(eqn.outvars[0].aval, "shape", ()) if eqn.outvars else ()
     if name in _CALLS:
         inner = eqn.params["jaxpr"] if "jaxpr" in eqn.params else eqn.params["call_jaxpr"]
-        return (
-            evaluate(inner, inner.consts, ins, parts) if isinstance(inner, ClosedJaxpr) else _run(inner, [], ins, parts)
-        )
+        closed = isinstance(inner, ClosedJaxpr)
+        try:
+            return evaluate(inner, inner.consts, ins, parts) if closed else _run(inner, [], ins, parts)
+        except NotElementwise as error:
+            raise NotElementwise(error.what, error.where or _where(eqn)) from None
+    if name in _PLACES:
+        raise NotElementwise(f"`{name}`: something within has its own idea of where arrays lie", _where(eqn))
     if not owners and all(x.is_uniform for x in ins) and name in _ELEMENTWISE | _RESHAPES and ins:
         data = ins[0].data if name in _RESHAPES else _bind(eqn, [x.data for x in ins])[0]
         return [Value(data, shape, is_zero=name in _RESHAPES | _ODD and ins[0].is_zero)]
@@ -148,17 +161,15 @@ def _equation(eqn: Any, ins: list[Value], parts: Mapping[str, Part]) -> list[Val
         return _branches(eqn, ins[0], ins[1:], parts)
     if not owners:
         whole = _bind(eqn, [local_data(x, None, parts) for x in ins])
-        return [Value(x, jnp.shape(x), origin=f"`{name}`{_where(eqn)}") for x in whole]
+        return [Value(x, jnp.shape(x), origin=f"`{name}`") for x in whole]
     if name in _RESHAPES and ins[0].shape == shape:
         return [ins[0]]
     if len(owners) > 1 or name not in _ELEMENTWISE or len(eqn.outvars) != 1:
         where = " and ".join(f"`{owner}`" for owner in owners)
-        raise NotElementwise(f"not element-wise: `{name}` over {where}{_where(eqn)}")
+        raise NotElementwise(f"`{name}` over {where}", _where(eqn))
     for x in ins:
         if x.owner is None and not x.is_uniform:
-            raise NotElementwise(
-                f"not element-wise: `{owners[0]}` meets an array of shape {x.shape} from {x.origin}{_where(eqn)}"
-            )
+            raise NotElementwise(f"`{owners[0]}` meets an array of shape {x.shape} from {x.origin}", _where(eqn))
     return [_elements(eqn, ins, owners[0], shape, parts)]
 
 
@@ -201,7 +212,7 @@ def _keeps_zero(eqn: Any, ins: list[Value]) -> bool:
 def _branches(eqn: Any, index: Value, ops: list[Value], parts: Mapping[str, Part]) -> list[Value]:
     """`lax.cond` whose branches work element by element."""
     if index.owner is not None:
-        raise NotElementwise(f"not element-wise: a branch that `{index.owner}` decides{_where(eqn)}")
+        raise NotElementwise(f"a branch that `{index.owner}` decides", _where(eqn))
     branches = eqn.params["branches"]
 
     def run(branch: ClosedJaxpr, data: list[Any]) -> list[Value]:
@@ -254,4 +265,4 @@ def _where(eqn: Any) -> str:
     """The transformation that an equation was traced in, as far as its traceback tells."""
     frames = getattr(eqn.source_info.traceback, "frames", ())
     names = [found[1] for frame in frames if (found := _RULE.search(frame.function_name))]
-    return f" (in {names[0]})" if names else ""
+    return names[0] if names else ""

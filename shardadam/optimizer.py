@@ -159,7 +159,7 @@ def _chain(
     learning_rate: optax.ScalarOrSchedule, first: ShardedTransformation, *rest: optax.GradientTransformation
 ) -> ShardedTransformation:
     """`optax.chain` whose counters start on the mesh as well, so that the second step compiles nothing anew."""
-    chain = optax.chain(first, *rest)
+    chain: Any = optax.chain(first, *rest)
 
     def init_fn(params: Any) -> Any:
         state = chain.init(params)

@@ -46,7 +46,7 @@ def make_program(
         return evaluate(closed, consts, _values(arrays, ins), parts)
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in closed.in_avals]
-    kinds = outline(on_whole, shapes, [jax.ShapeDtypeStruct(jnp.shape(c), c.dtype) for c in closed.consts])
+    kinds = outline(on_whole, shapes, [jax.ShapeDtypeStruct(jnp.shape(c), jnp.result_type(c)) for c in closed.consts])
     check_results(kinds, outs)
     return Program(traced, ins, outs, kinds, plan)
 
@@ -54,8 +54,8 @@ def make_program(
 class Result(NamedTuple):
     """A result in the state's layout, `x * factor`, or x where that is None."""
 
-    x: jax.Array
-    factor: jax.Array | None
+    x: Any
+    factor: Any
 
 
 def run(
@@ -83,19 +83,23 @@ def run(
 
     # Manual axes: XLA sees the very program of one device, and so rounds and fuses as it does there.
     def own(shards: list[jax.Array], consts: list[jax.Array], keep: jax.Array | None) -> list[Result]:
-        parts = {slot.path: _part(slot.leaf, plan) for slot in (*ins, *outs) if slot.leaf is not None}
+        found = {slot.path: slot.leaf for slot in (*ins, *outs)}
+        parts = {path: _part(leaf, plan) for path, leaf in found.items() if path is not None and leaf is not None}
         values = evaluate(closed, consts, _values(shards, ins), parts)
 
         def settle(i: int, value: Value, slot: Slot) -> Result:
-            x, factor = value.factor if hoisted[i] else (local_data(value, slot.path, parts), None)
-            old = jnp.zeros([], x.dtype) if before[i] is None else shards[before[i]].astype(x.dtype)
+            x, factor = jnp.asarray(local_data(value, slot.path, parts)), None
+            if hoisted[i] and value.factor is not None:
+                x, factor = value.factor
+            at = before[i]
+            old = jnp.zeros([], x.dtype) if at is None else shards[at].astype(x.dtype)
             if slot.path is not None and parts[slot.path].real is not None and not value.is_zero:
                 x = jnp.where(parts[slot.path].real, x, old)
             return Result(select(keep, x, jnp.zeros([], x.dtype) if i < updates else old), factor)
 
         return [settle(i, *row) for i, row in enumerate(zip(values, outs, strict=True))]
 
-    scalars = [constrain(x, plan.mesh, P()) for x in closed.consts]
+    scalars = [constrain(jnp.asarray(x), plan.mesh, P()) for x in closed.consts]
     keep = None if keep is None else constrain(jnp.asarray(keep), plan.mesh, P())
     return jax.shard_map(
         own,

@@ -50,6 +50,10 @@ def shard(
       >>> params = {"kernel": jnp.ones((8, 128))}
       >>> updates, state = tx.update(params, tx.init(params), params)
     """
+    if isinstance(tx, ShardedTransformation):
+        raise ValueError(
+            "shard: got a transformation of shardadam's own, whose state is in shards; wanted one of optax's"
+        )
     return place(tx, mesh=mesh, axis_name=axis_name, plan=plan)
 
 
@@ -72,6 +76,7 @@ def place(
             made_on[:] = [] if on is None else [on.mesh]
         if on is None:
             return rule.init(params)
+        check_context(on.mesh)
         map_leaves(_check_param, params, on)
         return init_on_mesh(params, on)
 

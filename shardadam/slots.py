@@ -78,9 +78,7 @@ def logical_slots(tree: Any, plan: Plan) -> list[Slot]:
     """
 
     def misfit(field: str, path: str, shape: tuple[int, ...]) -> Exception:
-        return NotElementwise(
-            f"not element-wise: `{field}` of `{path}` has shape {shape}, the parameter {plan.leaves[path].shape}"
-        )
+        return NotElementwise(f"`{field}` of `{path}` has shape {shape}, the parameter {plan.leaves[path].shape}")
 
     return [
         _slot(keypath, jnp.shape(x), plan, lambda leaf: leaf.shape, misfit)
@@ -99,7 +97,7 @@ def check_results(kinds: list[Value], slots: list[Slot]) -> None:
             slot.path is not None and kind.owner is None and not kind.is_uniform
         ):
             name, source = path_name(slot.keypath), kind.origin if kind.owner is None else f"`{kind.owner}`"
-            raise NotElementwise(f"not element-wise: `{name}`, of shape {kind.shape}, is made of {source}")
+            raise NotElementwise(f"`{name}`, of shape {kind.shape}, is made of {source}")
 
 
 def _slot(keypath: KeyPath, shape: tuple[int, ...], plan: Plan, shape_of: Any, misfit: Any) -> Slot:

@@ -19,7 +19,7 @@ InShards = Literal["none", "shaped", "all"]
 """Which leaves of grads, params and updates lie as the state does: none, those that keep their shape so, or all."""
 
 
-def initializer(rule: optax.GradientTransformation) -> Callable[[Any, Plan], Any]:
+def initializer(rule: optax.GradientTransformationExtraArgs) -> Callable[[Any, Plan], Any]:
     """`rule.init` on a mesh: `(params, plan) -> state`, each device making its own shards.
 
     What it compiles lives as long as it does: a rule may hold on to the caller's tracers.
@@ -44,6 +44,7 @@ def initializer(rule: optax.GradientTransformation) -> Callable[[Any, Plan], Any
                 f"plan: made without devices, for {dict(plan.mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
             )
         traced = program(params, plan)
+        _check_update(rule, params, traced, plan)
         if any(kind.owner is not None for kind in traced.kinds):
             return make(on_mesh(params, plan), shapes=None, plan=plan)
         leaves, treedef = jax.tree.flatten(logical(params, traced.ins))
@@ -66,9 +67,10 @@ def updater(rule: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[
         trees = (updates, state, params, extra)
         slots = [f(x, plan) for f, x in zip((param_slots, state_slots, param_slots, logical_slots), trees, strict=True)]
         made = update_program(rule, trees, slots, static, plan)
+        lying: tuple[InShards, ...] = (in_shards, "all", in_shards, "none")
         shards = [
             [_to_shard(x, slot, plan, _lies(slot, where)) for x, slot in zip(jax.tree.leaves(tree), each, strict=True)]
-            for tree, each, where in zip(trees, slots, (in_shards, "all", in_shards, "none"), strict=True)
+            for tree, each, where in zip(trees, slots, lying, strict=True)
         ]
         shards[0] = [_as_value(g, slot) for g, slot in zip(shards[0], slots[0], strict=True)]
         count = len(jax.tree.leaves(made.traced.out[0]))
@@ -118,6 +120,18 @@ def update_program(rule: Any, trees: Any, slots: Any, static: tuple[tuple[str, A
         return param_slots(out[0], plan) + logical_slots(out[1], plan)
 
     return make_program(update, trees, slots, outs, plan)
+
+
+def _check_update(rule: Any, params: Any, init: Program, plan: Plan) -> None:
+    """Refuses a rule whose `update` is not element-wise, as soon as there is a state; on abstract values."""
+    state = init.traced.out
+    if not init.ins:
+        return  # The placeholder for a tree of parameters that optax.tree.map_params comes with.
+    slots = [init.ins, logical_slots(state, plan), init.ins, []]
+    try:
+        update_program(rule, (params, state, params, {}), slots, (), plan)
+    except TypeError:
+        return  # It wants keywords that only the caller of update has; it is checked there as well.
 
 
 def on_mesh(tree: Any, plan: Plan, in_shards: InShards = "none") -> Any:
