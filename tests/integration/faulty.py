@@ -14,23 +14,29 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from shardadam.trainer import watchdog
+from shardadam.cli import main
+from shardadam.trainer import loop, watchdog
 
-DONE = Path(os.environ["FAULTS_DONE"])
-NUM_DONE = len(DONE.read_text().splitlines()) if DONE.exists() else 0
-FAULTS = json.loads(os.environ["FAULTS"])[NUM_DONE : NUM_DONE + 1]
-BEGUN = Counter()
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 
 
 class Faulty(watchdog.Watchdog):
+    """Brings about the first fault that has not happened yet."""
+
+    def __init__(self, seconds):
+        super().__init__(seconds)
+        self.done = Path(os.environ["FAULTS_DONE"])
+        num_done = len(self.done.read_text().splitlines()) if self.done.exists() else 0
+        self.faults = json.loads(os.environ["FAULTS"])[num_done : num_done + 1]
+        self.begun = Counter()
+
     def begin(self, what, *, times=1):
         super().begin(what, times=times)
-        BEGUN[what] += 1
-        for fault in FAULTS:
+        self.begun[what] += 1
+        for fault in self.faults:
             here = fault["process"] == int(os.environ["JAX_PROCESS_ID"])
-            if here and (fault["what"], fault["nth"]) == (what, BEGUN[what]):
-                with DONE.open("a") as done:
+            if here and (fault["what"], fault["nth"]) == (what, self.begun[what]):
+                with self.done.open("a") as done:
                     done.write(json.dumps(fault) + "\n")
                 print(f"fault: {json.dumps(fault)}", file=sys.stderr, flush=True)
                 go_wrong(fault["how"], fault.get("delay", 0))
@@ -50,8 +56,11 @@ def go_wrong(how, delay):
         raise RuntimeError("a mistake in the code")
 
 
-if __name__ == "__main__":
-    watchdog.Watchdog = Faulty  # before the loop takes it
-    from shardadam.cli import main
+def run_faulty(arguments):
+    """`shardadam` with these arguments; returns its exit code."""
+    watchdog.Watchdog = loop.Watchdog = Faulty
+    return main(arguments)
 
-    sys.exit(main())
+
+if __name__ == "__main__":
+    sys.exit(run_faulty(sys.argv[1:]))

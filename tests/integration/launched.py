@@ -17,11 +17,12 @@ from shardadam.trainer.config import parse_config
 from shardadam.trainer.devices import build_mesh
 from shardadam.trainer.run_dir import run_directory
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 DEADLINES = {"compile": 120, "step": 6, "save": 30, "restore": 30, "heartbeat": 10}
 
 
-def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_after=None):
+def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_after=None, program="preloaded"):
     """Trains `config` in several processes; returns the finished launcher.
 
     Args:
@@ -32,21 +33,23 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_af
       devices: how many they have in all.
       faults: see faulty.py.
       kill_after: seconds until the launcher itself is killed.
+      program: "preloaded" for processes that start fast, "faulty" for such as everybody has.
     """
     path = Path(config["runs_dir"]) / f"{config['name']}.yaml"
     path.parent.mkdir(exist_ok=True, parents=True)
     path.write_text(yaml.safe_dump(config))
     done = path.with_suffix(".faults")
     done.unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    environment = os.environ | {
         "FAULTS": json.dumps(faults), "FAULTS_DONE": str(done), "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(ROOT), "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles faster
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PLATFORMS": "cpu",
     }  # fmt: skip
+    launcher = ["-m", "shardadam.cli"] if program == "faulty" else [str(HERE / "preloaded.py")]
     command = [
-        sys.executable, "-m", "shardadam.cli", "launch", "--processes", str(processes),
+        sys.executable, *launcher, "launch", "--processes", str(processes),
         "--devices-per-process", str(devices // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
-        sys.executable, str(ROOT / "tests/integration/faulty.py"), "train", str(path),
+        sys.executable, str(HERE / "faulty.py"), "train", str(path),
     ]  # fmt: skip
     launcher = subprocess.Popen(
         command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -196,7 +196,10 @@ class TestSignals:
     def start(self, tmp_path, config):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(asdict(config)))
-        environment = os.environ | {"XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu"}
+        environment = os.environ | {
+            "XLA_FLAGS": FLAGS, "JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        }  # fmt: skip
         return subprocess.Popen(
             [sys.executable, "-m", "shardadam.cli", "train", str(path)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -210,20 +213,17 @@ class TestSignals:
                 return
         raise AssertionError("".join(lines))
 
-    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-    def test_the_first_saves_and_the_run_goes_on_from_there(self, tmp_path, tiny, number):
+    def test_the_first_saves_and_the_run_goes_on_from_there(self, tmp_path, tiny):
         config = tiny(steps=10**6, log_every=1)
         process = self.start(tmp_path, config)
         self.read_until(process, "step 3/")
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 0, err
-        assert f"{number.name}: finishing the step, then saving" in err
+        assert "SIGTERM: finishing the step, then saving" in err
         step = int(out.split("stopped at step ")[1].split(",")[0])
         assert "saved; run again to go on" in out
         assert (run_directory(config) / "checkpoints" / str(step)).is_dir()
-        if number != signal.SIGTERM:
-            return
         resumed = train(replace(config, steps=step + 1))
         assert int(resumed.state.step) == step + 1
         whole = train(replace(config, steps=step + 1, name="whole"))
@@ -233,8 +233,8 @@ class TestSignals:
         config = tiny(steps=10**6, model={"num_layers": 4, "d_model": 64, "d_ff": 256})
         process = self.start(tmp_path, config)
         self.read_until(process, "parameters on")  # compiling now, which Python's own handlers would wait for
-        process.send_signal(signal.SIGTERM)
-        self.read_until(process, "SIGTERM: finishing")
+        process.send_signal(signal.SIGINT)
+        self.read_until(process, "SIGINT: finishing the step, then saving")
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=5)
         assert process.returncode == 128 + signal.SIGTERM, err
