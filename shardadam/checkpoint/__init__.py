@@ -2,6 +2,6 @@
 
 from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.match import CheckpointError, SaveError
 
-__all__ = ["CheckpointError", "Checkpointer", "Converted", "export_checkpoint", "import_checkpoint"]
+__all__ = ["CheckpointError", "Checkpointer", "Converted", "SaveError", "export_checkpoint", "import_checkpoint"]

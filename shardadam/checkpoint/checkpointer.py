@@ -8,9 +8,10 @@ import os
 import uuid
 import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -18,14 +19,22 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.adopting import adopt
+from shardadam.checkpoint.failures import (
+    SamePlace,
+    expect,
+    explained,
+    raise_it,
+    save_error,
+    settled,
+)
 from shardadam.checkpoint.lock import WriterLock
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.match import CheckpointError, SaveError
 from shardadam.checkpoint.restoring import Damage, Verify, chosen, restore_newest, restore_step
 from shardadam.checkpoint.seal import Seal, described_plan
 from shardadam.checkpoint.sealing import Sealing, check_finite, count_of, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all, check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
-from shardadam.checkpoint.steps import Steps, delete_old, make_room, short
+from shardadam.checkpoint.steps import Steps, delete_old, make_room, remove_partial, short
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.plan import Plan
 
@@ -56,6 +65,7 @@ class Checkpointer:
       keep_period: steps that are multiples of it are kept all the same.
       run_id: the run's name, for whoever finds the directory locked; default: drawn.
       config: the run's, kept in every seal; anything that JSON holds.
+      on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's.
 
     Attributes:
       damaged: what `restore` found damaged, and where it is now.
@@ -80,11 +90,14 @@ class Checkpointer:
         keep_period: int | None = None,
         run_id: str | None = None,
         config: Any = None,
+        on_error: Literal["raise", "warn"] = "raise",
     ) -> None:
         if max_to_keep is not None and max_to_keep < 2:
             raise ValueError(f"max_to_keep: got {max_to_keep}, wanted 2 or more, or None to keep all")
         if keep_period is not None and keep_period < 1:
             raise ValueError(f"keep_period: got {keep_period}, wanted 1 or more, or None")
+        if on_error not in ("raise", "warn"):
+            raise ValueError(f"on_error: got {on_error!r}, wanted 'raise' or 'warn'")
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -98,6 +111,8 @@ class Checkpointer:
         self._writer: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._sealing: Sealing | None = None
         self._in_flight: int | None = None
+        self._on_error = on_error
+        self._failure: SaveError | None = None  # The last save's, while nobody has been raised it.
         self._closed = False
         self._lock: WriterLock | None = None  # None: an object store, where nothing can be locked.
         if "://" not in name:
@@ -122,7 +137,8 @@ class Checkpointer:
     ) -> None:
         """Saves a state. Returns when it has been copied off the devices; it may then be donated.
 
-        Waits for the save before it, and raises that one's error, if it has failed.
+        Waits for the save before it, and raises that one's error, if it has failed. A process that ends without `close`
+        waits for its last save, too, and ends with 1 if that fails.
 
         Args:
           step: names the step's directory; greater than all that are saved. After a save that failed, take the next
@@ -138,7 +154,8 @@ class Checkpointer:
           TypeError: `extra` is not JSON.
           ValueError: the checkpointer is closed, `step` is negative, or a leaf cannot be saved: packed with no plan,
             laid out otherwise than its plan says, empty, or neither array nor number.
-          OSError: and whatever else the save before this one failed with.
+          SaveError: an OSError, too. This save, or the one before it, failed; the message says why, how much space is
+            free, and which steps are there.
         """
         step = self._check_step(step)
         beside = {} if extra is None else {reading.EXTRA: ocp.args.JsonSave(json.loads(json.dumps(extra)))}
@@ -147,8 +164,13 @@ class Checkpointer:
         parts = list(slots(state, plan))
         check_names(parts)
         leaves = [slot.to_disk() for slot in parts]
-        self.lock()
-        on_process_zero(self._steps.key("room"), lambda: make_room(self._steps, step))
+        self._in_flight = step
+        with self._surfacing("prepare"):
+            place = SamePlace(self.directory)
+            self.lock()
+            on_process_zero(self._steps.key("room"), partial(make_room, self._steps, step))
+        if self._in_flight is None:
+            return
         sealed = sealed_leaves(parts)  # Waited for, as the state may be donated once this returns.
         if not allow_nonfinite:
             check_finite(step, sealed)
@@ -157,15 +179,18 @@ class Checkpointer:
             run_id=self._run_id, num_processes=jax.process_count(),
         )  # fmt: skip
         logical = ocp.args.StandardSave(jax.tree.unflatten(jax.tree.structure(state), leaves))
-        self._in_flight = step
-        with self._surfacing():
+        with self._surfacing("start"):
             manager = self._manager()
             if not manager.save(step, args=ocp.args.Composite(**{reading.STATE: logical}, **beside)):
                 raise CheckpointError(
                     f"step {step}: Orbax did not save it in {self.directory}, which holds {short(self.all_steps())}"
                 )
-        self._sealing = Sealing(manager.wait_until_finished, lambda: self._committed(seal))
+        if self._in_flight is None:
+            return
+        keep = self._max_to_keep, self._keep_period
+        self._sealing = Sealing(manager.wait_until_finished, partial(_committed, self._steps, seal, place, *keep))
         self._sealing.start()
+        expect(self._steps, partial(explained, self._sealing.wait, self._steps, step))
         if wait:
             self.wait()
 
@@ -232,20 +257,35 @@ class Checkpointer:
         """The latest saved step; None if there is none."""
         return max(self.all_steps(), default=None)
 
+    def check(self) -> None:
+        """Raises what the last save has failed with, if it has by now. Waits for nothing: call it at every step.
+
+        Raises:
+          SaveError: see `save`.
+        """
+        if self._sealing is not None and not self._sealing.is_alive():
+            self.wait()
+
     def wait(self) -> None:
         """Waits until the last save is sealed.
 
         Raises:
-          OSError: and whatever else the save failed with; the earlier steps are still there.
+          SaveError: it failed; the earlier steps are still there.
         """
         sealing, self._sealing = self._sealing, None
-        if sealing is not None:
-            with self._surfacing():
-                sealing.wait()
-        self._in_flight = None
+        if sealing is None:
+            return
+        with self._surfacing("wait"):
+            sealing.wait()
+            self._in_flight, self._failure = None, None
+            settled(self._steps)
 
     def close(self) -> None:
-        """Waits for the last save, as `wait` does, and frees the writer. Reading goes on to work."""
+        """Waits for the last save, as `wait` does, and frees the writer. Reading goes on to work.
+
+        Raises:
+          SaveError: the last save failed, whatever `on_error` says.
+        """
         self._closed = True
         try:
             self.wait()
@@ -255,6 +295,10 @@ class Checkpointer:
                 self._writer = None
             if self._lock is not None:
                 self._lock.release()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            settled(self._steps)
+            raise failure
 
     def __enter__(self) -> Self:
         return self
@@ -275,12 +319,6 @@ class Checkpointer:
             self._writer = ocp.CheckpointManager(self.directory)  # Which deletes nothing: see `Steps.delete`.
         return self._writer
 
-    def _committed(self, seal: Seal) -> None:
-        """Called in the background when Orbax has committed a step."""
-        write_seal(self._steps, seal)
-        if jax.process_index() == 0:
-            delete_old(self._steps, self._max_to_keep, self._keep_period)
-
     def _set_aside(self, step: int, why: str) -> Damage | None:
         """Moves a damaged step away, if nobody else writes here; None if it is not there any more."""
         if not on_process_zero(self._steps.key("still there"), lambda: step in self._steps.seals()):
@@ -298,8 +336,11 @@ class Checkpointer:
         return self.damaged[-1]
 
     @contextlib.contextmanager
-    def _surfacing(self) -> Iterator[None]:
-        """Says which step an error was about, and leaves the manager that failed: it thinks the step is there."""
+    def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:
+        """What fails within is raised, or warned of, as a SaveError; what is refused is raised as it is.
+
+        Leaves the manager that failed: it thinks the step is there.
+        """
         try:
             yield
         except Exception as error:
@@ -307,8 +348,18 @@ class Checkpointer:
             # it would hold up the process's end for 20 minutes.
             self._writer = None
             step, self._in_flight = self._in_flight, None
-            error.add_note(f"Step {step} is not saved; committed in {self.directory}: {short(self.all_steps())}.")
-            raise
+            assert step is not None
+            if isinstance(error, CheckpointError) and not isinstance(error, SaveError) and stage != "wait":
+                raise
+            failure = save_error(self._steps, step, error)
+            if stage != "prepare" and self._lock is not None and self._lock.is_held():
+                remove_partial(self._steps, step)
+            if self._on_error == "raise":
+                settled(self._steps)
+                raise failure from error
+            self._failure = failure
+            expect(self._steps, partial(raise_it, failure))
+            log.warning("%s; going on without it", failure)
 
     def _check_step(self, step: int) -> int:
         if self._closed:
@@ -316,3 +367,11 @@ class Checkpointer:
         if (index := operator.index(step)) < 0:
             raise ValueError(f"step: got {index}, wanted 0 or more")
         return index
+
+
+def _committed(steps: Steps, seal: Seal, place: SamePlace, max_to_keep: int | None, keep_period: int | None) -> None:
+    """Called in the background when Orbax has committed a step."""
+    place.check()
+    write_seal(steps, seal)
+    if jax.process_index() == 0:
+        delete_old(steps, max_to_keep, keep_period)

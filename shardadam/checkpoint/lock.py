@@ -54,10 +54,9 @@ class WriterLock:
           CheckpointError: another run holds it; the message says who.
           OSError: the directory cannot be written.
         """
+        if self.is_held():
+            return
         if self._mine is not None:
-            chain = self._chain()
-            if chain and chain[-1].holder == self._mine:
-                return
             log.warning("%s: no longer this run's (%s)", self.path, self._mine)
             self._let_go()
         mine = Holder.this_process(self._run_id)
@@ -68,6 +67,13 @@ class WriterLock:
         finally:
             candidate.unlink(missing_ok=True)
         self._hold(mine)
+
+    def is_held(self) -> bool:
+        """Whether it is this one's, and nobody has taken it over."""
+        if self._mine is None:
+            return False
+        chain = self._chain()
+        return bool(chain) and chain[-1].holder == self._mine
 
     def release(self) -> None:
         """Gives the lock back. Does nothing where it is not held, or in a fork of the holder."""

@@ -17,6 +17,10 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be saved as asked, or does not hold what is wanted of it."""
 
 
+class SaveError(OSError, CheckpointError):
+    """A step was not saved. Those saved before it are still there."""
+
+
 def check_match(saved: Mapping[tuple[str, ...], Any], slots: Sequence[Slot], where: str) -> None:
     """Compares a checkpoint's metadata with the leaves that are to be restored from it.
 

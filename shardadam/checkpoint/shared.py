@@ -12,7 +12,7 @@ import jax
 
 from shardadam import runtime
 from shardadam.checkpoint import lock
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.match import CheckpointError, SaveError
 
 _SEEN_WITHIN = 10.0  # seconds
 _POLL = 0.05
@@ -53,7 +53,7 @@ def acquire_for_all(held: lock.WriterLock) -> None:
 
     Raises:
       CheckpointError: another run holds the directory.
-      OSError: in process 0, which cannot write there; a CheckpointError in the others.
+      OSError: in process 0, which cannot write there; a SaveError in the others.
     """
     mine: Exception | None = None
     if jax.process_index() == 0:
@@ -61,11 +61,13 @@ def acquire_for_all(held: lock.WriterLock) -> None:
             held.acquire()
         except (CheckpointError, OSError) as error:
             mine = error
-    said = json.loads(runtime.from_process_zero("writer", json.dumps(None if mine is None else str(mine))))
+    told = None if mine is None else (isinstance(mine, OSError), str(mine))
+    said = json.loads(runtime.from_process_zero("writer", json.dumps(told)))
     if mine is not None:
         raise mine
     if said is not None:
-        raise CheckpointError(f"process 0 cannot write checkpoints: {said}")
+        is_fault, why = said
+        raise (SaveError if is_fault else CheckpointError)(f"process 0 cannot write checkpoints: {why}")
 
 
 def _written(token: Path) -> str:

@@ -14,6 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 
 from etils import epath
 
@@ -22,6 +23,7 @@ from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal
 
 SEALS, DAMAGED, TRASH = "seals", "damaged", "trash"
+_PARTIAL = ".orbax-checkpoint-tmp"  # In the names of what Orbax has not committed.
 
 _made = itertools.count()  # Alike in all processes, which make the same Checkpointers in the same order.
 
@@ -141,6 +143,27 @@ class Steps:
         record.unlink(missing_ok=True)
 
 
+def remove_partial(steps: Steps, step: int | None = None) -> None:
+    """Removes what saves that failed, or were killed, have left: only the one writer of a directory may call it.
+
+    What cannot be removed now, as when its disk is read-only, or is still being written to, goes the next time.
+
+    Args:
+      steps: of the directory.
+      step: one that Orbax may have committed: if nobody has sealed it, it goes, too.
+    """
+    if not is_local(steps.directory) or not steps.directory.is_dir():
+        return
+    directory = Path(steps.directory)
+    left = [path for path in directory.iterdir() if _PARTIAL in path.name]
+    if step is not None and step not in steps.seals():
+        left.append(directory / str(step))
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.exists():
+            log.warning("%s is left of a save that failed, and cannot be removed now", path)
+
+
 def make_room(steps: Steps, step: int) -> None:
     """Makes sure that a step can be saved: nothing of that number or a greater one is there, saved or not.
 
@@ -148,6 +171,7 @@ def make_room(steps: Steps, step: int) -> None:
       CheckpointError: it, or a later one, is saved.
     """
     steps.sweep()
+    remove_partial(steps)
     saved = steps.sealed()
     if saved and step <= saved[-1]:
         raise CheckpointError(

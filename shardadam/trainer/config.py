@@ -165,6 +165,8 @@ class TrainConfig:
     """Steps between evaluations; 0: only at the end."""
     save_every: Positive = 100
     """Steps between checkpoints; the last step is always saved."""
+    on_save_error: Literal["raise", "warn"] = "raise"
+    """A checkpoint cannot be saved: 'raise' ends the run at the next step; 'warn' goes on, if it is not the last."""
     check_every: Count = 0
     """Steps between checking that devices hold alike what they should, and then before each save, too; 0: never."""
     max_to_keep: Annotated[int, Ge(2)] = 2

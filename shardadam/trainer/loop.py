@@ -73,7 +73,9 @@ def train(config: TrainConfig) -> Result:
 
     Raises:
       ConfigError: something that the user can set right.
-      TrainingError: the loss is no longer finite; the checkpoints before that are kept.
+      TrainingError: the loss is no longer finite, or devices have come to hold different bits; the checkpoints before
+        that are kept.
+      SaveError: a checkpoint could not be saved; with `on_save_error: warn` only if it is the last.
     """
     seconds = asdict(config.deadlines)
     num_processes = runtime.initialize(
@@ -90,8 +92,12 @@ def train(config: TrainConfig) -> Result:
         with (
             stop_agreement(signals.requested) as stop,
             shardadam.Checkpointer(
-                directory, max_to_keep=config.max_to_keep, keep_period=config.keep_period, config=asdict(config)
-            ) as checkpointer,
+                directory,
+                max_to_keep=config.max_to_keep,
+                keep_period=config.keep_period,
+                config=asdict(config),
+                on_error=config.on_save_error,
+            ) as checkpointer,  # fmt: skip
         ):
             checkpointer.lock()  # before anything of the run's is written
             state, latest = _begin(config, mesh, corpus, checkpointer, watchdog)
@@ -167,6 +173,7 @@ class _Run:
             self.watchdog.begin("compile" if step == start + 1 else "step", times=1 + len(self.pending))
             if self.stop():
                 break
+            self.checkpointer.check()
             batch = data.place_train_batch(self.corpus.train, config, step - 1, sharding)
             state, metrics = train_step(state, batch)
             self.pending.append((step, metrics))

@@ -16,8 +16,8 @@ from shardadam.trainer.config import ConfigError, DeadlineConfig, TrainConfig, d
 # and masters, which can be switched on and off over a checkpoint.
 MAY_CHANGE = {
     "name", "steps", "mesh", "cpu_devices", "platform", "runs_dir", "log_every", "eval_every", "save_every",
-    "check_every", "max_to_keep", "keep_period", "tensorboard", "data.eval_tokens", "model.remat", "optimizer.layout",
-    "optimizer.min_size",
+    "check_every", "on_save_error", "max_to_keep", "keep_period", "tensorboard", "data.eval_tokens", "model.remat",
+    "optimizer.layout", "optimizer.min_size",
     "train_step.stage", "train_step.num_microbatches", "train_step.accumulate", "train_step.collective",
     "train_step.master_dtype", "train_step.skip_nonfinite",
     *(f"deadlines.{field.name}" for field in fields(DeadlineConfig)),

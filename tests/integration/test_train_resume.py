@@ -1,5 +1,6 @@
 """Whole runs: stopped and resumed equals uninterrupted, bit for bit; signals save; what is said at the end is so."""
 
+import errno
 import functools
 import json
 import os
@@ -19,6 +20,8 @@ from tiny import tiny_config
 from trees import flip_a_bit
 
 from shardadam import Checkpointer, audit
+from shardadam.checkpoint import SaveError
+from shardadam.checkpoint import checkpointer as checkpointing
 from shardadam.trainer import loop
 from shardadam.trainer.build import create_state
 from shardadam.trainer.config import ConfigError
@@ -180,6 +183,32 @@ def test_a_device_that_goes_its_own_way_stops_the_run_before_it_is_saved(tiny, m
         train(config)
     with Checkpointer(run_directory(config) / "checkpoints") as checkpointer:
         assert checkpointer.latest_step() == 3
+
+
+@pytest.mark.parametrize(("on_save_error", "last"), [("raise", 4), ("warn", STEPS)])
+def test_a_checkpoint_that_cannot_be_saved(tiny, monkeypatch, on_save_error, last):
+    """A disk that is full while step 4 is saved: the run ends at the next step, or goes on, and saves again."""
+    config = tiny(steps=STEPS, save_every=2, log_every=1, on_save_error=on_save_error)
+    write_seal = checkpointing.write_seal
+
+    def disk_full(steps, seal):
+        if seal.step == 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_seal(steps, seal)
+
+    monkeypatch.setattr(checkpointing, "write_seal", disk_full)
+    # Each step waits until it is known how the save has ended.
+    check = Checkpointer.check
+    monkeypatch.setattr(Checkpointer, "check", lambda self: (self._sealing and self._sealing.join(), check(self)))
+    directory = run_directory(config) / "checkpoints"
+    if on_save_error == "raise":
+        with pytest.raises(SaveError, match=r"step 4: not saved in .*No space left.*are free; saved there: steps 2"):
+            train(config)
+    else:
+        assert int(train(config).state.step) == STEPS
+    assert max(losses(config)) == last
+    assert Checkpointer(directory).all_steps() == ([2] if on_save_error == "raise" else [8, 9])
+    assert not (directory / "4").exists()
 
 
 def test_tokens_that_are_no_bytes_have_no_bits_per_byte(tiny, tmp_path):
