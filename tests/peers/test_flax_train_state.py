@@ -220,12 +220,16 @@ def optax_after_four():
         return train(Side(), adam, steps=4)[0]
 
 
-def test_a_schedule_and_injected_hyperparameters(ours):
-    """Flax, "Learning rate scheduling" and "Upgrading my codebase to Optax": a schedule, clipping, a rate to set."""
+def test_a_schedule_and_clipping(ours):
+    """Flax, "Learning rate scheduling" and "Upgrading my codebase to Optax": a schedule, and clipping in front."""
     schedule = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 2, 6)
     side_by_side(lambda side: train(side, lambda s, p: optax.chain(optax.clip(1.0), s.tx("adam", p, schedule))), ours)
 
-    def injected(side):
+
+def test_injected_hyperparameters(data_mesh):
+    """Flax, "Learning rate scheduling": a rate that is part of the state, and set between two steps."""
+
+    def run(side):
         params = side.place(variables()["params"])
         plan = {} if side.mesh is None else {"plan": side.plan(params)}
         tx = optax.inject_hyperparams(side.module.adam)(learning_rate=1e-2, **plan)
@@ -233,7 +237,7 @@ def test_a_schedule_and_injected_hyperparameters(ours):
         state.opt_state.hyperparams["learning_rate"] = side.place(np.float32(1e-3))
         return continued(state, side, 2)
 
-    side_by_side(injected, ours)
+    side_by_side(run, Side(data_mesh, "natural"))
 
 
 def test_frozen_layers_by_a_partition_of_the_parameters(ours):
