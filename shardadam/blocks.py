@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardadam.communication import Collective, all_gather, reduce_scatter
+from shardadam.communication import Collective, all_gather, layer_by_layer, reduce_scatter
 from shardadam.layout import LeafPlan, canonical_spec, entries, pack, unpack
 from shardadam.sharding import constrain, only_axes
 
@@ -50,11 +50,14 @@ def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
         return jax.lax.psum(g, region.manual)
     num_stacked = g.ndim - _layer_ndim(leaf)  # Within a scan, a layer has none.
 
-    def own_block(part: jax.Array) -> jax.Array:
-        x = pack(part, leaf.num_shards, num_stacked) if leaf.layout == "packed" else part
-        dim = split_dim(leaf, num_stacked)
+    def layers(part: jax.Array, stacked: int) -> jax.Array:
+        x = pack(part, leaf.num_shards, stacked) if leaf.layout == "packed" else part
+        dim = split_dim(leaf, stacked)
         x = reduce_scatter(x, leaf.shard_axes, dim=dim, summed=region.manual, collective=region.collective)
-        return jnp.expand_dims(x, (num_stacked, num_stacked + 1))
+        return jnp.expand_dims(x, (stacked, stacked + 1))
+
+    def own_block(part: jax.Array) -> jax.Array:
+        return layer_by_layer(layers, part, num_stacked, math.prod(part.shape[num_stacked:]))
 
     return _on_parts(own_block, leaf, region, num_stacked, to_block=True)(g)
 

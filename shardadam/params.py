@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from shardadam.blocks import split_dim
-from shardadam.communication import Collective, all_gather
+from shardadam.communication import Collective, all_gather, goes_by_layer, layer_by_layer
 from shardadam.layout import LeafPlan, entries, unpack
 from shardadam.plan import Plan
 from shardadam.sharding import constrain, map_leaves, named_sharding, pack_leaf, unpack_leaf
@@ -78,17 +78,22 @@ def gather_shards(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, colle
       x: an array of `leaf.state_shape`.
       leaf: the leaf's plan.
       mesh: the mesh to place it on.
-      collective: "joint" leaves the all-gather to XLA; "per_axis" runs one along each mesh axis, minor first.
+      collective: "joint" is one all-gather; "per_axis" one along each mesh axis, minor first. Large layers of a stack
+        are gathered one after the other.
     """
-    if collective == "joint" or len(leaf.shard_axes) < 2:
-        return unpack_leaf(x, leaf, mesh)
     own = entries(leaf.param_spec, len(leaf.shape))
     part = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in zip(leaf.shape, own, strict=True))
-    packed = leaf.layout == "packed"
+    size = math.prod(part[leaf.stacked_dims :])
+    at_once = not goes_by_layer(leaf.stacked_dims, size)
+    if leaf.num_shards == 1 or (at_once and (collective == "joint" or len(leaf.shard_axes) < 2)):
+        return unpack_leaf(x, leaf, mesh)
+
+    def gathered_layers(shard: jax.Array, stacked: int) -> jax.Array:
+        whole = all_gather(shard, leaf.shard_axes, dim=split_dim(leaf, stacked), collective=collective)
+        return unpack(whole, part[leaf.stacked_dims - stacked :], stacked) if leaf.layout == "packed" else whole
 
     def own_part(shard: jax.Array) -> jax.Array:
-        whole = all_gather(shard, leaf.shard_axes, dim=split_dim(leaf, leaf.stacked_dims), collective="per_axis")
-        return unpack(whole, part, leaf.stacked_dims) if packed else whole
+        return layer_by_layer(gathered_layers, shard, leaf.stacked_dims, size)
 
     gathered = jax.shard_map(own_part, mesh=mesh, in_specs=leaf.state_spec, out_specs=leaf.param_spec, check_vma=False)(
         constrain(x, mesh, leaf.state_spec)

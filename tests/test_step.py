@@ -102,6 +102,21 @@ def test_the_collectives_of_a_step():
     assert compiled.memory_analysis().alias_size_in_bytes == donated
 
 
+@pytest.mark.parametrize(("name", "layout"), [("tensor", "natural"), ("two axes", "packed"), ("data", "natural")])
+def test_large_layers_are_gathered_one_after_the_other(name, layout, monkeypatch):
+    monkeypatch.setattr("shardadam.communication.LARGE_LAYER", 256)
+    wanted, _, _ = one_device(optax.adam(1e-2))
+    options = {"accumulate": "local"} if name == "data" else {}
+    state, _, step = train(name, layout, **options)
+    assert_close(state.params, wanted)
+    x = jax.device_put(batch_of(None), named_sharding(state.plan.mesh, P(state.plan.axis_names), 2))
+    found = shardadam.collectives(step.lower(state, x).compile())
+    gathers = [op for op in found if op.op == "all-gather" and op.loop]
+    assert sum(op.times == 3 for op in gathers) == 2  # The two stacks, three layers each.
+    if options:  # What is added up whole is reduced layer by layer, too.
+        assert sum(op.times == 3 for op in found if op.op == "reduce-scatter") == 2
+
+
 @pytest.mark.parametrize("layout", ["natural", "packed"])
 def test_clipping_by_the_global_norm_of_the_shards(layout):
     # eps = 1: Adam's update then depends on the size of the gradient.

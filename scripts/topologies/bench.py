@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the page from the results")
     parser.add_argument("--tpu-python", default=str(ROOT / ".venv-aot/bin/python"), help="has the extra aot-tpu")
     parser.add_argument("--gpu-python", default=str(ROOT / ".venv-aot-gpu/bin/python"), help="has the extra aot-gpu")
+    parser.add_argument("--until", default="99", help="begin no case after this time of day, such as 18:30")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
     chosen = [case for case in all_cases() if all(part in f" {case.key} " for part in args.only)]
@@ -38,7 +39,7 @@ def main() -> None:
         state = "done" if case.key in done else "to do"
         if args.list:
             print(f"{state:6} {case.key}")
-        elif args.again or case.key not in done:
+        elif datetime.datetime.now().strftime("%H:%M") < args.until and (args.again or case.key not in done):
             platform = parse_topology(TOPOLOGIES[case.where][0]).platform
             found = measured(case, args.tpu_python if platform == "tpu" else args.gpu_python)
             done = json.loads(args.results.read_text()) if args.results.exists() else {}
