@@ -74,16 +74,20 @@ def logical_slots(tree: Any, plan: Plan) -> list[Slot]:
     """Of a state, or of further arguments, as optax has them.
 
     Raises:
-      NotElementwise: a leaf that is a parameter's by its name, and not by its shape.
+      NotElementwise: a leaf that is a parameter's by its name, and not by its shape, or the other way round.
     """
 
     def misfit(field: str, path: str, shape: tuple[int, ...]) -> Exception:
         return NotElementwise(f"`{field}` of `{path}` has shape {shape}, the parameter {plan.leaves[path].shape}")
 
-    return [
-        _slot(keypath, jnp.shape(x), plan, lambda leaf: leaf.shape, misfit)
-        for keypath, x in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
+    split = {leaf.shape for _, leaf in plan.items if leaf.layout != "whole"}
+    slots = []
+    for keypath, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        slot = _slot(keypath, jnp.shape(x), plan, lambda leaf: leaf.shape, misfit)
+        if slot.path is None and jnp.shape(x) in split:
+            raise NotElementwise(f"`{path_name(keypath)}`, of shape {jnp.shape(x)}, has the name of no parameter")
+        slots.append(slot)
+    return slots
 
 
 def check_results(kinds: list[Value], slots: list[Slot]) -> None:
