@@ -197,6 +197,9 @@ class Checkpointer:
     def restore(self, like: State, step: int | None = None, *, verify: Verify = "files") -> State:
         """Restores a state: values from disk; tree, layout, shardings and static fields from `like`.
 
+        A TrainState's masters, loss scale and count of skipped steps need not be on disk, nor be in `like`: masters are
+        made from the parameters, a scale is `like`'s own, a count 0.
+
         Without `step`, a step that is not what its seal says is moved to `damaged` in the directory (it is never
         deleted), logged, told in `self.damaged`, and the one before it is taken.
 
@@ -220,14 +223,15 @@ class Checkpointer:
         if verify not in ("files", "full", False):
             raise ValueError(f"verify: got {verify!r}, wanted 'files', 'full' or False")
         self.wait()
-        wanted = list(slots(like, plan_of(like, self._plan)))
+        plan = plan_of(like, self._plan)
+        list(slots(like, plan))  # Refuses a `like` that is not laid out as its plan says.
         if step is None and verify:
-            step, leaves = restore_newest(self._steps, wanted, verify, self._set_aside)
+            step, state = restore_newest(self._steps, like, plan, verify, self._set_aside)
         else:
             step = chosen(self._steps, None if step is None else operator.index(step), sealed=bool(verify))
-            leaves = restore_step(self._steps, step, wanted, verify)
+            state = restore_step(self._steps, step, like, plan, verify)
         self.restored_step = step
-        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+        return state
 
     def adopt(self, step: int) -> None:
         """Seals a step that was committed without a seal, by plain Orbax or an older shardadam: as it is now.

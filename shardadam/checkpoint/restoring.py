@@ -5,17 +5,20 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 from etils import epath
 
 from shardadam.checkpoint import reading
-from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.optional import as_saved, as_wanted
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import list_files
+from shardadam.checkpoint.slots import slots
 from shardadam.checkpoint.steps import Steps, short
 from shardadam.checkpoint.together import all_succeed, on_every_process, on_process_zero
 from shardadam.checkpoint.verify import file_faults, leaf_faults, read_seal, shape_faults
+from shardadam.plan import Plan
 
 Verify = Literal["files", "full", False]
 
@@ -45,19 +48,20 @@ class Damaged(CheckpointError):
 SetAside = Callable[[int, str], Damage | None]
 
 
-def restore_newest(steps: Steps, slots: Sequence[Slot], verify: Verify, set_aside: SetAside) -> tuple[int, list[Any]]:
+def restore_newest(steps: Steps, like: Any, plan: Plan | None, verify: Verify, set_aside: SetAside) -> tuple[int, Any]:
     """Restores the newest sealed step that stands the verification; every damaged one that it meets is set aside.
 
     All processes call this, and restore the same step.
 
     Args:
       steps: of the directory.
-      slots: where the leaves are to be.
+      like: what to restore into, see `Checkpointer.restore`.
+      plan: how the leaves of `like` lie, see `slots`.
       verify: "files" or "full", see `Checkpointer.restore`.
       set_aside: told each damaged step and why; gives None if it was deleted meanwhile.
 
     Returns:
-      The step, and its leaves in the order of the slots.
+      The step, and the state.
 
     Raises:
       FileNotFoundError: nothing is sealed there.
@@ -70,7 +74,7 @@ def restore_newest(steps: Steps, slots: Sequence[Slot], verify: Verify, set_asid
         try:
             if lost:
                 raise Damaged("its seal is there, but not its directory")
-            leaves = restore_step(steps, step, slots, verify)
+            state = restore_step(steps, step, like, plan, verify)
         except Damaged as error:
             damage = set_aside(step, str(error))
             if damage is not None:
@@ -78,15 +82,15 @@ def restore_newest(steps: Steps, slots: Sequence[Slot], verify: Verify, set_asid
             continue
         if found:
             log.warning("restored step %d in place of %s", step, ", ".join(str(damage.step) for damage in found))
-        return step, leaves
+        return step, state
     if not found:
         chosen(steps, on_process_zero(steps.key("unsealed"), lambda: max(steps.unsealed(), default=None)), sealed=True)
     listed = "".join(f"\n  step {damage.step}: {damage.why}; now in {damage.moved_to}" for damage in found)
     raise CheckpointError(f"{steps.directory}: none of its steps is what its seal says:{listed}")
 
 
-def restore_step(steps: Steps, step: int, slots: Sequence[Slot], verify: Verify) -> list[Any]:
-    """Restores one step: its leaves in the order of the slots.
+def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: Verify) -> Any:
+    """Restores one step: a state like `like`.
 
     Raises:
       Damaged: it is not what its seal says.
@@ -99,24 +103,26 @@ def restore_step(steps: Steps, step: int, slots: Sequence[Slot], verify: Verify)
     saved = all_succeed(steps.key("metadata"), lambda: reading.saved_leaves(path))
     if seal is not None:
         _refuse(shape_faults(saved, seal))
-    check_match(saved, slots, str(path))
-    numbers = [is_scalar(saved[slot.names], slot) for slot in slots]
+    target = as_saved(like, saved)
+    wanted = list(slots(target, plan))
+    check_match(saved, wanted, str(path))
+    numbers = [is_scalar(saved[slot.names], slot) for slot in wanted]
     targets = {
         slot.names: np.zeros((), saved[slot.names].dtype) if number else slot.target()
-        for slot, number in zip(slots, numbers, strict=True)
+        for slot, number in zip(wanted, numbers, strict=True)
     }
     found = all_succeed(steps.key("state"), lambda: reading.read_state(path, targets))
     leaves = []
-    for slot, number in zip(slots, numbers, strict=True):
+    for slot, number in zip(wanted, numbers, strict=True):
         x = found.pop(slot.names)  # A leaf as it was on disk goes as soon as the one in its layout is there.
         leaves.append(slot.from_disk(exact(x, slot) if number else x))
         del x
     if seal is not None and verify == "full":
-        there = [dataclasses.replace(slot, like=x) for slot, x in zip(slots, leaves, strict=True)]
+        there = [dataclasses.replace(slot, like=x) for slot, x in zip(wanted, leaves, strict=True)]
         # Arrays on the host may differ between processes.
         faults = on_every_process(steps.key("digests"), lambda: leaf_faults(there, seal))
         _refuse(sorted({fault for own in faults for fault in own}))
-    return leaves
+    return as_wanted(jax.tree.unflatten(jax.tree.structure(target), leaves), like)
 
 
 def chosen(steps: Steps, step: int | None, *, sealed: bool) -> int:
