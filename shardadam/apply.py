@@ -93,8 +93,8 @@ def apply_on_shards(
     grads = map_leaves(from_shards if scattered else from_whole, grads, plan)
     given = {} if keep is None or not getattr(tx, "takes_keep", False) else {"keep": keep}
     update = optax.with_extra_args_support(tx).update
-    updates, new_state = update(grads, opt_state, shards, shards_of=plan, packed=ours, **given)
     with jax.numpy_dtype_promotion("standard"):  # float32 updates of bfloat16 parameters, also where users forbid it
+        updates, new_state = update(grads, opt_state, shards, shards_of=plan, packed=ours, **given)
         new_shards = optax.apply_updates(shards, updates)
     new_shards = select(keep, new_shards, shards)
     if not given:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from shardadam.layout import LeafPlan
 from shardadam.params import pack_params
 from shardadam.plan import Plan, is_none
+from shardadam.precision import widest
 from shardadam.sharding import constrain, map_leaves, named_sharding, unpack_leaf
 from shardadam.transformation import ShardedTransformation
 
@@ -85,7 +86,7 @@ def begin_opt_state(tx: Any, beginning: Beginning, plan: Plan, *, mesh: Mesh | N
 
 def needs_master(leaf: LeafPlan, dtype: Any) -> bool:
     """Whether a parameter is narrower than masters of a dtype."""
-    return leaf.dtype != dtype and jnp.promote_types(leaf.dtype, dtype) == dtype
+    return leaf.dtype != dtype and widest(leaf.dtype, dtype) == dtype
 
 
 def placed(mesh: Mesh, x: Any) -> bool:

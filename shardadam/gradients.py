@@ -21,6 +21,7 @@ from shardadam.communication import Collective, resolve_collective
 from shardadam.handles import handles
 from shardadam.layout import LeafPlan, entries
 from shardadam.plan import Plan
+from shardadam.precision import widest
 from shardadam.sharding import map_leaves
 from shardadam.validation import check_batch, check_choice, check_count
 
@@ -252,4 +253,4 @@ def _cut(batch: Any, num_microbatches: int) -> Any:
 
 def _wide(x: jax.Array) -> Any:
     """float32, or what is wider: the dtype that gradients are summed in."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return widest(x.dtype, jnp.float32)

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, Mesh
 from shardadam.layout import LeafPlan
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan
+from shardadam.precision import widest
 from shardadam.sharding import check_context, map_leaves
 from shardadam.transformation import ShardedTransformation, select, transformation
 from shardadam.update import initializer, updater
@@ -114,7 +115,7 @@ def split(plan: Plan | None) -> Plan | None:
 def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:
     got, dtype = np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x))
     # Wider ones are masters of the plan's parameters.
-    if got != leaf.shape or jnp.promote_types(dtype, leaf.dtype) != dtype:
+    if got != leaf.shape or widest(dtype, leaf.dtype) != dtype:
         raise ValueError(
             f"`{path}`: the parameter is {dtype}{list(got)}, the plan has {leaf.dtype}{list(leaf.shape)}; make the "
             "plan from these parameters"

@@ -13,6 +13,7 @@ from shardadam.plan import Plan, path_name
 from shardadam.planned import KeyPath, is_adam, map_planned, owners, planned_leaf
 from shardadam.planned import map_leaves as map_leaves
 from shardadam.planned import map_moments as map_moments
+from shardadam.precision import widest
 
 
 class ShardingError(ValueError):
@@ -262,7 +263,7 @@ def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any, nu_dtype: An
     """What is wrong with the dtype of one leaf of mu or nu; None if nothing is."""
     got = jnp.result_type(x)
     if field == "nu" or mu_dtype is not None:
-        nu = leaf.dtype if nu_dtype is None else jnp.promote_types(leaf.dtype, nu_dtype)
+        nu = leaf.dtype if nu_dtype is None else widest(leaf.dtype, nu_dtype)
         wanted = nu if field == "nu" else jnp.dtype(mu_dtype)
         return None if got == wanted else f"got dtype {got}, wanted {wanted}"
     kind = jnp.complexfloating if jnp.issubdtype(leaf.dtype, jnp.complexfloating) else jnp.floating

@@ -76,7 +76,11 @@ def test_masters_only_where_a_parameter_is_narrower():
         apply_fn=None, params=params, tx=shardadam.adam(RATE, plan=plan), master_dtype=jnp.float32
     )
     assert state.master["scale"] is None
-    state = jax.jit(lambda s: s.apply_gradients(grads=params))(state)
+    grads = jax.tree.map(lambda x: x.astype(np.float32), params)
+    with jax.numpy_dtype_promotion("strict"):
+        state = jax.jit(lambda s: s.apply_gradients(grads=grads))(state)
+        narrow = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adamw(RATE, plan=plan))
+        jax.jit(lambda s: s.apply_gradients(grads=grads))(narrow)
     shardadam.audit(state, plan)
     np.testing.assert_allclose(state.master["w"], 1 - RATE, rtol=1e-6)
     np.testing.assert_allclose(state.params["scale"], 1 - RATE, rtol=1e-6)

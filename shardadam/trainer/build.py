@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 import shardadam
 from shardadam.plan import path_name
+from shardadam.sharding import map_leaves
 from shardadam.trainer import model
 from shardadam.trainer.config import OptimizerConfig, StepConfig, TrainConfig
 from shardadam.trainer.data import Batch
@@ -71,6 +72,18 @@ def create_state(config: TrainConfig, mesh: Mesh) -> shardadam.TrainState:
         loss_scale="dynamic" if step.loss_scale == "dynamic" else None,
         skip_nonfinite=step.skip_nonfinite,
     )
+
+
+def state_bytes(state: shardadam.TrainState) -> tuple[int, int]:
+    """Bytes of mu, nu, count and masters on each device: as they lie, and as they would if they followed the params."""
+    trees = [optax.tree.get(state.opt_state, name) for name in ("mu", "nu")] + [state.master]
+    lying = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(trees))
+    followed = [
+        map_leaves(lambda leaf, x, path: leaf.size // leaf.num_parts * x.dtype.itemsize, tree, state.plan)
+        for tree in trees
+        if tree is not None
+    ]
+    return 4 + lying, 4 + sum(jax.tree.leaves(followed))
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +18,7 @@ import shardadam
 from shardadam import runtime
 from shardadam.trainer import data
 from shardadam.trainer.agreement import check_alike, stop_agreement
-from shardadam.trainer.build import create_state, make_train_step
+from shardadam.trainer.build import create_state, make_train_step, state_bytes
 from shardadam.trainer.config import TrainConfig
 from shardadam.trainer.corpus import Corpus, load_corpus
 from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
@@ -55,8 +54,7 @@ class Result:
     def summary(self) -> str:
         """What a person wants to know at the end."""
         plan, step = self.state.plan, int(self.state.step)
-        mu_dtype = jax.tree.leaves(optax.tree.get(self.state.opt_state, "mu"))[0].dtype
-        ours, whole = plan.state_bytes_per_device(mu_dtype), plan.replicated_state_bytes(mu_dtype)
+        ours, whole = state_bytes(self.state)
         lines = [f"stopped at step {step}, saved; run again to go on" if self.stopped else f"done: step {step}"]
         if self.eval is not None:
             lines.append("eval:           " + self.eval.summary())

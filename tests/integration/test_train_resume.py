@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from tiny import tiny_config
 from trees import flip_a_bit
 
-from shardadam import Checkpointer, audit
+from shardadam import Checkpointer, audit, unpack_params
 from shardadam.checkpoint import SaveError
 from shardadam.checkpoint import checkpointer as checkpointing
 from shardadam.trainer import loop
@@ -119,6 +119,32 @@ def test_at_the_last_step_already(uninterrupted, caplog):
     assert f"already at step {STEPS}" in caplog.text
     assert again.eval == whole.eval
     assert_same_bits(again.state, whole.state)
+
+
+def test_stage_three_with_masters_resumes_and_goes_on_without(uninterrupted, tiny):
+    config, _ = uninterrupted
+    options = {
+        "model": {"param_dtype": "bfloat16", "remat": True},
+        "train_step": {"stage": 3, "master_dtype": "float32", "skip_nonfinite": True},
+    }
+    whole = train(tiny(steps=4, name="whole", **options))
+    train(tiny(steps=2, **options))
+    rest = train(tiny(steps=4, **options))
+    assert_same_bits(rest.state, whole.state)
+    assert rest.eval == whole.eval
+    plan = rest.state.plan
+    audit(rest.state, plan)
+    kernel = rest.state.params["layers"]["mlp"]["up"]["kernel"]
+    assert (kernel.dtype, kernel.addressable_shards[0].data.size) == (jax.numpy.bfloat16, kernel.size // 8)
+    assert int(rest.state.num_skipped) == 0
+    expected, got = losses(config), losses(tiny())
+    np.testing.assert_allclose([got[i] for i in range(1, 5)], [expected[i] for i in range(1, 5)], rtol=0.01)
+    changed = {"model": options["model"], "train_step": {"stage": 2, "num_microbatches": 1}}
+    changed = tiny(**changed)
+    with Checkpointer(run_directory(changed) / "checkpoints") as checkpointer:
+        plain = checkpointer.restore(create_state(changed, build_mesh(changed)))
+    assert (plain.stage, plain.master, int(plain.step)) == (2, None, 4)
+    np.testing.assert_array_equal(plain.params["embedding"], unpack_params(rest.state.params, plan)["embedding"])
 
 
 @pytest.mark.parametrize("mesh", ["data=4,model=2", "data=2"])
