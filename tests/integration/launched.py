@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ ROOT = HERE.parents[1]
 DEADLINES = {"compile": 120, "step": 6, "save": 30, "restore": 30, "heartbeat": 10}
 
 
-def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_after=None, program="preloaded"):
+def launched(config, cache, *options, processes=2, devices=8, faults=(), program="preloaded"):
     """Trains `config` in several processes; returns the finished launcher.
 
     Args:
@@ -32,7 +31,6 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_af
       processes: how many.
       devices: how many they have in all.
       faults: see faulty.py.
-      kill_after: seconds until the launcher itself is killed.
       program: "preloaded" for processes that start fast, "faulty" for such as everybody has.
     """
     path = Path(config["runs_dir"]) / f"{config['name']}.yaml"
@@ -51,15 +49,10 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), kill_af
         "--devices-per-process", str(devices // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
         sys.executable, str(HERE / "faulty.py"), "train", str(path),
     ]  # fmt: skip
-    launcher = subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        out, err = launcher.communicate(timeout=kill_after or 280)
-    except subprocess.TimeoutExpired:
-        launcher.send_signal(signal.SIGKILL)
-        out, err = launcher.communicate(timeout=60)  # the processes have its pipes; they end when they miss it
-    return subprocess.CompletedProcess(command, launcher.returncode, out, err)
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    happened = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
+    assert happened == list(faults), f"of {faults} have happened {happened}:\n{ran.stderr}"
+    return ran
 
 
 def final_state(config):

@@ -1,7 +1,6 @@
 """What `scripts/torture` runs: training that is disturbed at random moments, again and again, and its end compared."""
 
 import argparse
-import json
 import random
 import shutil
 import tempfile
@@ -15,43 +14,46 @@ from launched import DEADLINES, assert_close, final_state, launched
 from tiny import tiny_raw
 from trees import assert_same_bits
 
-STEPS = 16
-HOW = ("kill", "kill", "stop", "spin", "hold", "error", "term")
-MAX_STARTS = 6  # of one run: after a SIGTERM, or its launcher's death, a run is started again
+STEPS, SAVE_EVERY = 16, 3
+STUCK = ("kill", "kill", "stop", "spin", "hold", "error")
+LAST = ("term", "launcher")  # after which the launcher starts nothing
+MAX_LAUNCHES = 4  # of one run: it is launched again after one of the last
 
 
-def random_faults(rng, processes):
-    """A few, one after the other."""
-    return [
-        {
-            "process": rng.randrange(processes), "how": rng.choice(HOW),
-            "what": rng.choice(("compile", "step", "step", "save", "save", "restore")), "nth": rng.randint(1, 3),
-            "delay": rng.choice((0, rng.uniform(0, 0.2), rng.uniform(0, 2))),
-        }
-        for _ in range(rng.randint(1, 3))
-    ]  # fmt: skip
+def random_fault(rng, processes, *, first, last):
+    """One that is sure to come about: every start restores, compiles, takes a step or evaluates, and saves."""
+    what = rng.choice(("compile", "step", "step", "save", "save", "restore", *(["delete"] if first else [])))
+    nth = rng.randint(1, 10 if what == "step" else 3) if first and what in ("step", "save") else 1
+    how = rng.choice(LAST if last else STUCK)
+    if what == "delete":  # in a thread of process 0, whose stacking up stops nothing
+        return {"process": 0, "what": what, "nth": 1, "how": "kill", "delay": 0}
+    # Only signals come from outside, whatever the process does meanwhile.
+    delay = rng.choice((0, rng.uniform(0, 0.1), rng.uniform(0, 1))) if how in ("kill", "stop", *LAST) else 0
+    return {"process": rng.randrange(processes), "what": what, "nth": nth, "how": how, "delay": delay}
+
+
+def random_faults(rng, processes, *, first):
+    """One to three, one after the other."""
+    num, ends = rng.randint(1, 3), rng.random() < 0.4
+    return [random_fault(rng, processes, first=first and i == 0, last=ends and i == num - 1) for i in range(num)]
 
 
 def disturb(config, cache, rng, processes, *options):
     """Runs a config to its end, whatever it takes; returns how often what went wrong where."""
     seen = Counter()
-    for start in range(MAX_STARTS):
-        faults = random_faults(rng, processes) if start < MAX_STARTS - 2 else []
-        kill_after = rng.uniform(3, 25) if faults and rng.random() < 0.15 else None
+    for number in range(MAX_LAUNCHES):
+        faults = random_faults(rng, processes, first=number == 0) if number < MAX_LAUNCHES - 1 else []
         ran = launched(
-            config, cache, "--max-restarts", "6", *options, processes=processes, faults=faults, kill_after=kill_after
-        )
-        for line in ran.stderr.splitlines():
-            if "fault: " in line:
-                fault = json.loads(line.split("fault: ")[1])
-                seen[f"{fault['how']} in {fault['what']}"] += 1
-        if ran.returncode == -9:
-            seen["launcher killed"] += 1
-        elif ran.returncode:
+            config, cache, "--max-restarts", "12", *options, processes=processes, faults=faults, program="faulty"
+        )  # which asserts that all of them have happened
+        seen.update(f"{fault['how']} in {fault['what']}" for fault in faults)
+        killed = any(fault["how"] == "launcher" for fault in faults)
+        if ran.returncode != (-9 if killed else 0):
             raise AssertionError(f"the launcher ended with {ran.returncode}:\n{ran.stderr}")
-        elif "done: step" in ran.stdout:
+        if "done: step" in ran.stdout:
             return seen
-    raise AssertionError(f"not done after {MAX_STARTS} starts:\n{ran.stderr}")
+        assert killed or "stopped at step" in ran.stdout, ran.stdout + ran.stderr
+    raise AssertionError(f"not done after {MAX_LAUNCHES} launches:\n{ran.stderr}")
 
 
 def main():
@@ -64,11 +66,17 @@ def main():
     print(f"jax {jax.__version__}, {len(jax.devices())} devices, {args.processes} processes, seed {args.seed}")
     with tempfile.TemporaryDirectory(prefix="shardadam-torture-") as directory:
         cache = Path(directory, "compiled")
-        base = tiny_raw(Path(directory, "whole"), steps=STEPS, save_every=3, log_every=2, deadlines=DEADLINES)
-        assert launched(base, cache, processes=args.processes).returncode == 0
+        base = tiny_raw(
+            Path(directory, "whole"), steps=SAVE_EVERY, save_every=SAVE_EVERY, log_every=2, deadlines=DEADLINES
+        )
+        assert launched(base, cache, processes=args.processes, program="faulty").returncode == 0
+        shutil.copytree(base["runs_dir"], Path(directory, "begun"))  # so that there is something to restore at once
+        base["steps"] = STEPS
+        assert launched(base, cache, processes=args.processes, program="faulty").returncode == 0
         _, wanted = final_state(base)
         while time.monotonic() < end:
             config = base | {"runs_dir": str(Path(directory, "disturbed"))}
+            shutil.copytree(Path(directory, "begun"), config["runs_dir"])
             fewer = rng.random() < 0.2
             happened = disturb(config, cache, rng, args.processes, *(("--min-processes", "1") if fewer else ()))
             step, state = final_state(config)
