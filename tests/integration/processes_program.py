@@ -4,6 +4,7 @@
 all results, gathered, to OUT.
 """
 
+import errno
 import socket
 import sys
 from functools import partial
@@ -19,8 +20,9 @@ from trees import by_path, flip_a_bit, random_tree
 
 import shardadam
 from shardadam import runtime
-from shardadam.checkpoint import CheckpointError
+from shardadam.checkpoint import CheckpointError, SaveError
 from shardadam.checkpoint.shared import check_shared
+from shardadam.checkpoint.steps import Steps
 from shardadam.sharding import named_sharding
 
 SHAPES = {"kernel": (64, 48), "odd": (17, 257), "bias": (1300,), "tiny": (7,)}  # natural, packed, packed, whole
@@ -134,6 +136,23 @@ def a_device_of_the_last_process(state):
         shardadam.check_replicas({"step": jax.process_index() == 0})
 
 
+def a_disk_that_is_full(directory, state):
+    """What fails in one process is told to all, and all save again, in step with one another."""
+    with shardadam.Checkpointer(directory) as checkpointer, pytest.MonkeyPatch.context() as patch:
+        checkpointer.save(1, state, wait=True)
+        if jax.process_index() == 0:
+            patch.setattr(Steps, "write_seal", no_space)
+        with pytest.raises(SaveError, match=r"step 2: not saved in .*No space left.*; saved there: steps 1"):
+            checkpointer.save(2, state, wait=True)
+        patch.undo()
+        checkpointer.save(3, state, wait=True)
+        assert checkpointer.all_steps() == [1, 3]
+
+
+def no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
 if __name__ == "__main__":
     out, read, write = sys.argv[1:]
     num_processes = runtime.initialize(heartbeat_seconds=30)
@@ -141,6 +160,7 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     found = results(mesh, read, write)
     a_device_of_the_last_process(new_state(mesh))
+    a_disk_that_is_full(f"{write}-full", {"x": everywhere(np.arange(64, dtype=np.float32), mesh, P("data"))})
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     if jax.process_index() == 0:
