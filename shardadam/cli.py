@@ -2,7 +2,7 @@
 
 Exit codes: 0 done, or stopped by a signal after saving; 1 the run could not go on; 2 the user can set it right;
 75 it was stuck; 128 + a signal's number when a second one ended it. `launch` has that of the process that failed first;
-for those of `checkpoint` see checkpoint_cli.py.
+for those of `checkpoint` see checkpoint_cli.
 """
 
 import argparse
@@ -61,7 +61,10 @@ def build_parser() -> argparse.ArgumentParser:
         "launch", help="run one of these in several processes on this machine", add_help=False, allow_abbrev=False
     )
     commands.add_parser(
-        "checkpoint", help="list, show, compare, import and export checkpoints", add_help=False, allow_abbrev=False
+        "checkpoint",
+        help="list, verify, compare, import, export and prune checkpoints",
+        add_help=False,
+        allow_abbrev=False,
     )
     commands.add_parser("env", help="show versions and devices", description="Show versions, devices, memory kinds.")
     return parser

@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from shardadam.checkpoint import reading
-from shardadam.checkpoint.adopting import adopt
-from shardadam.checkpoint.forms import FORMS, Parts, leaves, put_together, take_apart, without
+from shardadam.checkpoint.forms import FORMS, OWN_FIELDS, Parts, leaves, put_together, take_apart, without
+from shardadam.checkpoint.importing import save_imported
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.source import Source, find
 from shardadam.checkpoint.steps import Steps
-from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, handler, number, read, write
+from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, number, read, write
+from shardadam.checkpoint.verify import file_faults
 
 
 class Converted(NamedTuple):
@@ -56,7 +55,8 @@ def import_checkpoint(
 ) -> Converted:
     """Makes a checkpoint of optax's Adam state into one that `Checkpointer(directory).restore` takes, on any mesh.
 
-    Nothing is changed but names: every array has the bits, shape and dtype that it had.
+    Nothing is changed but names: every array has the bits, shape and dtype that it had. The step is sealed with the
+    digests of what was read.
 
     Args:
       source: what plain Orbax, Flax or `nnx.state` saved: a tree, a step with items, or a directory of steps.
@@ -74,18 +74,19 @@ def import_checkpoint(
       What was found and written.
 
     Raises:
-      CheckpointError: the form is not known (its tree is shown), or has no place for what was found.
+      CheckpointError: the form is not known (its tree is shown), or has no place for what was found; a step that has a
+        seal is damaged; another run writes in `directory`.
       FileNotFoundError: there is nothing at `source`.
 
     Example:
       >>> import_checkpoint("old/checkpoints", "runs/a/checkpoints", to="train_state")
     """
-    found = find(as_path(source), step)
+    found = _find_whole(as_path(source), step)
     parts = take_apart(without(found.tree, drop), params, opt_state, optimizer)
     tree, form = _nested(without(found.tree, drop), parts, to, given=params is not None or opt_state is not None)
     at = found.step if found.step is not None else _step_of(parts)
     target = as_path(directory)
-    _save_step(target, at, tree, functools.partial(read, chunk_bytes=chunk_bytes))
+    save_imported(target, at, tree, functools.partial(read, chunk_bytes=chunk_bytes))
     return _converted(found, parts, form, target / str(at), at, tree)
 
 
@@ -117,7 +118,8 @@ def export_checkpoint(
       What was found and written.
 
     Raises:
-      CheckpointError: the form has no place for what was found, or a finite number is infinite in `dtype`.
+      CheckpointError: the form has no place for what was found, or a finite number is infinite in `dtype`; the step is
+        damaged.
       FileExistsError: there is something at `path`.
       FileNotFoundError: there is no such step.
       ValueError: `dtype` without `to="params"`.
@@ -130,13 +132,25 @@ def export_checkpoint(
     target = as_path(path)
     if target.exists():
         raise FileExistsError(f"{target}: is there already; give a directory that is not")
-    found = find(as_path(source), step)
+    found = _find_whole(as_path(source), step)
     tree = without(found.tree, drop)
+    if isinstance(tree, dict):  # Flax's own TrainState has not even the names of what is not used.
+        tree = {key: part for key, part in tree.items() if part is not None or key not in OWN_FIELDS}
     parts = take_apart(tree, optimizer=optimizer)
     tree, form = _nested(tree, parts, to)
     reader: Reader = functools.partial(read, chunk_bytes=chunk_bytes)
     write(target, tree, reader if dtype is None else _casting(reader, jnp.dtype(dtype)))
     return _converted(found, parts, form, target, found.step or 0, tree)
+
+
+def _find_whole(path: epath.Path, step: int | None) -> Source:
+    """Opens a state; where it has a seal, only if every file is what the seal says."""
+    found = find(path, step)
+    steps, name = Steps(found.path.parent), found.path.name
+    seal = steps.read_seal(int(name)) if name.isdecimal() and int(name) in steps.seals() else None
+    if seal is not None and (faults := file_faults(steps, seal)):
+        raise CheckpointError(f"{found.path}: is damaged: {'; '.join(faults[:4])}; take another step")
+    return found
 
 
 def _nested(tree: Any, parts: Parts, to: str | None, *, given: bool = False) -> tuple[Any, str]:
@@ -156,17 +170,6 @@ def _step_of(parts: Parts) -> int:
         return int(number(parts.step))
     counts = [leaf for names, leaf in leaves(parts.opt_state).items() if names[-1] == "count"]
     return max((int(number(leaf)) for leaf in counts if not leaf.shape), default=0)
-
-
-def _save_step(directory: epath.Path, step: int, tree: Any, reader: Reader) -> None:
-    steps = reading.committed_steps(directory)
-    if steps and step <= steps[-1]:
-        raise CheckpointError(f"step {step}: {directory} holds step {steps[-1]} already; import into another directory")
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False)
-    handlers = {reading.STATE: handler(reader)}
-    with ocp.CheckpointManager(directory, item_handlers=handlers, options=options) as manager:
-        manager.save(step, args=ocp.args.Composite(**{reading.STATE: ocp.args.PyTreeSave(tree)}))
-    adopt(Steps(directory), step, origin="imported")
 
 
 def _casting(reader: Reader, dtype: np.dtype) -> Reader:

@@ -8,6 +8,8 @@ from shardadam.checkpoint.source import shown
 from shardadam.checkpoint.stream import Leaf
 
 FORMS = ("train_state", "opt_state", "nnx", "params")
+# Of shardadam's TrainState beside those of Flax's; None where they are not used.
+OWN_FIELDS = ("master", "loss_scale", "num_skipped")
 # States without arrays that follow Adam's in optax's tuple when the learning rate is a number; nnx does not save them.
 TRAILING = {"adam": 1, "nadam": 1, "adamw": 2, "nadamw": 2}
 _REMEDY = "say which parts it has: --params KEY --opt-state KEY"

@@ -1,8 +1,9 @@
 """Looks into checkpoints without a state to restore them into: which steps, which leaves, and where two differ."""
 
+import dataclasses
 import os
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,34 +11,38 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from shardadam.checkpoint import reading
 from shardadam.checkpoint.convert import as_path
-from shardadam.checkpoint.digest import Digest, digests, host_digest
 from shardadam.checkpoint.forms import leaves, take_apart
-from shardadam.checkpoint.logical import Slot, is_key
+from shardadam.checkpoint.logical import is_key
 from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.source import find
-from shardadam.checkpoint.stream import Leaf, read
+from shardadam.checkpoint.steps import Steps
+from shardadam.checkpoint.stream import Leaf, digest_of, read
+from shardadam.checkpoint.upkeep import seal_or_fault
 
-_COMPILED_FROM = 2**26  # Bytes from which a digest on the device, ten times as fast, is worth its compilation.
 _PART = 2**20  # Elements compared at a time.
 
 
 class StepRow(NamedTuple):
-    """One committed step of a directory.
+    """One step of a directory.
 
     Attributes:
       step: its number.
+      state: `saved`, `adopted` or `imported`, as its seal says; else what is the matter with its seal or directory.
       nbytes: of its files.
       num_files: how many.
-      saved_at: when it was committed, in UTC.
+      saved_at: when it was sealed, in UTC; without a seal, when its last file was written.
+      run_id: of the run that saved it; empty where nothing says.
       path: its directory.
     """
 
     step: int
+    state: str
     nbytes: int
     num_files: int
     saved_at: str
+    run_id: str
     path: str
 
 
@@ -60,6 +65,7 @@ class Contents(NamedTuple):
       step: the step's number, where a directory's name says it.
       source: how it was found.
       form: its form and optimizer, or why neither is known.
+      seal: what its seal says besides files and leaves; None without one.
       nbytes: of all leaves in memory.
       leaves: each of them.
     """
@@ -68,6 +74,7 @@ class Contents(NamedTuple):
     step: int | None
     source: str
     form: str
+    seal: dict[str, Any] | None
     nbytes: int
     leaves: list[LeafRow]
 
@@ -101,7 +108,7 @@ class Difference(NamedTuple):
 
 
 def list_steps(directory: str | os.PathLike[str]) -> list[StepRow]:
-    """The committed steps of a `Checkpointer`'s directory, ascending.
+    """The steps of a `Checkpointer`'s directory, ascending, with those that do not count as saved. Reads no array.
 
     Raises:
       FileNotFoundError: there is no such directory.
@@ -109,7 +116,8 @@ def list_steps(directory: str | os.PathLike[str]) -> list[StepRow]:
     root = as_path(directory)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such directory")
-    return [_step_row(root / str(step), step) for step in reading.committed_steps(root)]
+    steps = Steps(root)
+    return [_step_row(steps, step) for step in sorted({*steps.seals(), *steps.unsealed()})]
 
 
 def show(path: str | os.PathLike[str], *, with_digests: bool = False) -> Contents:
@@ -133,12 +141,13 @@ def show(path: str | os.PathLike[str], *, with_digests: bool = False) -> Content
     names = list(by_name)
     rows = [_leaf_row("/".join(name), by_name[name]) for name in names]
     if with_digests:
-        taken = map(_digest, names, read(list(by_name.values())))
+        taken = map(digest_of, read(list(by_name.values())), map("/".join, names))
         rows = [
             row._replace(digest=digest.text, num_nonfinite=digest.num_nonfinite)
             for row, digest in zip(rows, taken, strict=True)
         ]
-    return Contents(os.fspath(found.path), found.step, found.kind, form, sum(row.nbytes for row in rows), rows)
+    nbytes = sum(row.nbytes for row in rows)
+    return Contents(os.fspath(found.path), found.step, found.kind, form, _seal(found.path), nbytes, rows)
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
@@ -159,30 +168,31 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
     return Difference(os.fspath(left.path), os.fspath(right.path), len(both) - len(different), unlike + different)
 
 
-def _step_row(path: epath.Path, step: int) -> StepRow:
-    files = list(_files(path))
-    committed = max((file.stat().mtime for file in files), default=0)
-    saved_at = datetime.fromtimestamp(int(committed), UTC).isoformat()
-    return StepRow(step, sum(file.stat().length for file in files), len(files), saved_at, os.fspath(path))
+def _step_row(steps: Steps, step: int) -> StepRow:
+    path = steps.path(step)
+    sizes = list_files(path) if path.is_dir() else {}
+    seal, fault = seal_or_fault(steps, step)
+    state = "its directory is gone" if not sizes else fault if seal is None else seal.origin
+    if seal is not None:
+        saved_at, run_id = seal.sealed_at, seal.run_id
+    else:
+        written = max(((path / name).stat().mtime for name in sizes), default=0)
+        saved_at, run_id = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(written)), ""
+    return StepRow(step, state, sum(sizes.values()), len(sizes), saved_at, run_id, os.fspath(path))
 
 
-def _files(path: epath.Path) -> Iterator[epath.Path]:
-    for child in path.iterdir():
-        if child.is_dir():
-            yield from _files(child)
-        else:
-            yield child
+def _seal(path: epath.Path) -> dict[str, Any] | None:
+    if not path.name.isdecimal():
+        return None
+    seal, _ = seal_or_fault(Steps(path.parent), int(path.name))
+    if seal is None:
+        return None
+    fields = dataclasses.asdict(dataclasses.replace(seal, files={}, leaves={}))
+    return {name: value for name, value in fields.items() if name not in ("files", "leaves", "plan")}
 
 
 def _leaf_row(path: str, leaf: Leaf) -> LeafRow:
     return LeafRow(path, np.dtype(leaf.dtype).name, leaf.shape, leaf.nbytes)
-
-
-def _digest(names: Sequence[str], x: jax.Array | np.ndarray) -> Digest:
-    if is_key(x.dtype) or x.nbytes >= _COMPILED_FROM:
-        (digest,) = digests([Slot(names=tuple(names), like=x)])
-        return digest
-    return host_digest(np.asarray(x), "/".join(names))
 
 
 def _what(leaf: Leaf | None) -> str | None:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import Leaf, item_tree
 
 _TREE_FILE = "_METADATA"  # What Orbax writes beside every tree.
@@ -57,7 +58,10 @@ def find(path: epath.Path, step: int | None = None) -> Source:
             f"{path}: got {sorted(x.name for x in path.iterdir())[:8]}, wanted an Orbax checkpoint: a directory with "
             f"{_TREE_FILE}, a step whose items have one, or a directory of such steps"
         )
-    latest = max(committed) if step is None else step
+    sealed = [
+        number for number in Steps(path).sealed() if number in committed
+    ]  # One without a seal may be half a save.
+    latest = step if step is not None else max(sealed or committed)
     found = find(committed[latest])
     return found._replace(step=latest, kind=f"step {latest} (of {len(committed)}), {found.kind}")
 

@@ -191,17 +191,22 @@ def make_room(steps: Steps, step: int) -> None:
         steps.set_aside(left, f"{why}, or its seal was lost; in the way of step {step}")
 
 
+def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> list[int]:
+    """All sealed steps but the last `max_to_keep` and the multiples of `keep_period`."""
+    older = [] if max_to_keep is None else steps.sealed()[:-max_to_keep]
+    return [step for step in older if keep_period is None or step % keep_period]
+
+
 def delete_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:
-    """Deletes all sealed steps but the last `max_to_keep` and the multiples of `keep_period`.
+    """Deletes the steps that `to_delete` names.
 
     What cannot be deleted is logged, and tried again after the next save: the new step is saved all the same.
     """
-    for step in [] if max_to_keep is None else steps.sealed()[:-max_to_keep]:
-        if keep_period is None or step % keep_period:
-            try:
-                steps.delete(step)
-            except OSError as error:
-                log.warning("step %d of %s could not be deleted: %s", step, steps.directory, error)
+    for step in to_delete(steps, max_to_keep, keep_period):
+        try:
+            steps.delete(step)
+        except OSError as error:
+            log.warning("step %d of %s could not be deleted: %s", step, steps.directory, error)
 
 
 def short(steps: Sequence[int]) -> str:

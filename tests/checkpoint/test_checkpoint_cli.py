@@ -15,11 +15,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from conftest import make_mesh
-from trees import by_path, put, random_tree
+from etils import epath
+from trees import assert_same_bits, by_path, put, random_tree
 
 import shardadam
 from shardadam.checkpoint import Checkpointer
 from shardadam.checkpoint.digest import host_digest
+from shardadam.checkpoint.steps import Steps
 from shardadam.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +144,61 @@ def test_diff_says_where_and_by_how_much(run, runs, tmp_path):
 )
 def test_what_cannot_be_done_is_exit_code_2_and_a_message(run, line, message):
     assert re.search(message, run(line, code=2))
+
+
+class TestSealed:
+    """An import is sealed with the digests of its source; verify, adopt and prune."""
+
+    @pytest.fixture
+    def steps(self, run, tmp_path):
+        for number in (3, 4, 5, 6):
+            run(f"import plain TMP/{number}-apart")
+            step = tmp_path / f"{number}-apart" / "3"
+            step.rename(tmp_path / f"{number}")
+        (tmp_path / "many").mkdir()
+        for number in (3, 4, 5, 6):
+            (tmp_path / f"{number}").rename(tmp_path / "many" / f"{number}")
+            run(f"adopt TMP/many {number}")
+        return tmp_path / "many"
+
+    def test_an_import_has_the_seal_of_its_source(self, run, runs, tmp_path):
+        digests = {row["leaf"]: row["digest"] for row in run("show plain --digests --json")["leaves"]}
+        run("import plain TMP/ours")
+        seal = Steps(epath.Path(tmp_path / "ours")).read_seal(3)
+        assert {path: leaf.digest for path, leaf in seal.leaves.items()} == digests
+        assert (seal.origin, seal.count) == ("imported", 0)
+        assert run("show TMP/ours --json")["seal"]["origin"] == "imported"
+        (verdict,) = run("verify TMP/ours --digests --json")
+        assert (verdict["step"], verdict["faults"]) == (3, [])
+        with Checkpointer(tmp_path / "ours") as checkpointer:
+            assert_same_bits(checkpointer.restore(runs[1], verify="full"), runs[1])
+
+    def test_verify_finds_a_flipped_bit_and_export_refuses(self, run, tmp_path):
+        run("import plain TMP/ours")
+        assert run("verify TMP/ours/3") == "step 3: as it was saved\n"
+        largest = max((tmp_path / "ours/3").rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+        content = bytearray(largest.read_bytes())
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+        assert "its bytes are not those that were sealed" in run("verify TMP/ours", code=1)
+        assert "is damaged" in run("export TMP/ours TMP/back", code=2)
+        assert not (tmp_path / "back").exists()
+        (tmp_path / "ours/seals/3.json").unlink()
+        assert run("verify TMP/ours --all", code=1) == "step 3: no seal\n"
+        assert run("list TMP/ours --json")[0]["state"] == "no seal"
+
+    def test_prune_keeps_two_and_the_periods(self, run, steps):
+        assert "would be deleted: 4; kept: 3, 5, 6" in run(f"prune {steps} --keep 2 --keep-period 3 --dry-run")
+        assert [row["step"] for row in run(f"list {steps} --json")] == [3, 4, 5, 6]
+        assert run(f"prune {steps} --keep 2 --keep-period 3 --json") == {"deleted": [4], "kept": [3, 5, 6]}
+        assert [(row["step"], row["state"]) for row in run(f"list {steps} --json")] == [
+            (3, "adopted"), (5, "adopted"), (6, "adopted"),
+        ]  # fmt: skip
+        assert "wanted 2 or more" in run(f"prune {steps} --keep 1", code=2)
+        with Checkpointer(steps) as checkpointer:
+            checkpointer.lock()
+            assert "another Checkpointer of this process" in run(f"prune {steps} --keep 2", code=2)
+        assert [row["step"] for row in run(f"list {steps} --json")] == [3, 5, 6]
 
 
 def test_no_more_is_in_memory_than_a_few_copies_of_a_leaf(tmp_path):

@@ -288,7 +288,7 @@ def test_a_chunk_of_leaves_at_a_time_over_all_devices(data_mesh, tmp_path, monke
 
     monkeypatch.setattr(stream, "_load", counted)
     import_checkpoint(tmp_path / "a", tmp_path / "ours", chunk_bytes=3000)
-    assert sum(sizes) == 3 * (6 * 1024 + 10240) + 2 * 4  # count, which names the step, too
+    assert sum(sizes) == 3 * (6 * 1024 + 10240) + 3 * 4  # count, which names the step and is told in the seal, too
     assert max(sizes) == 10240
     assert sorted(sizes)[-4] <= 3000
     found = stream.item_tree(epath.Path(tmp_path / "ours" / "0" / "state"))
