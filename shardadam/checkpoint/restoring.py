@@ -17,7 +17,7 @@ from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.slots import slots
 from shardadam.checkpoint.steps import Steps, short
 from shardadam.checkpoint.together import all_succeed, on_every_process, on_process_zero
-from shardadam.checkpoint.verify import file_faults, leaf_faults, read_seal, shape_faults
+from shardadam.checkpoint.verify import chunk_faults, file_faults, leaf_faults, read_seal, shape_faults
 from shardadam.plan import Plan
 
 Verify = Literal["files", "full", False]
@@ -101,8 +101,7 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
     if seal is None:
         on_process_zero(steps.key("files"), lambda: list_files(path))  # Refuses links, which may lead anywhere.
     saved = all_succeed(steps.key("metadata"), lambda: reading.saved_leaves(path))
-    if seal is not None:
-        _refuse(shape_faults(saved, seal))
+    _refuse(chunk_faults(saved) + ([] if seal is None else shape_faults(saved, seal)))
     target = as_saved(like, saved)
     wanted = list(slots(target, plan))
     check_match(saved, wanted, str(path))
