@@ -124,6 +124,19 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
     return as_wanted(jax.tree.unflatten(jax.tree.structure(target), leaves), like)
 
 
+def read_extra(steps: Steps, step: int | None) -> Any:
+    """What was saved beside the state of a step (default: the newest); its files are held to the seal, if it has one.
+
+    Raises:
+      Damaged: they are not what it says.
+      FileNotFoundError: there is no such step.
+    """
+    step = chosen(steps, step, sealed=False)
+    if on_process_zero(steps.key("has a seal"), lambda: step in steps.seals()):
+        _verified_seal(steps, step, below=f"{reading.EXTRA}/")
+    return reading.read_extra(steps.path(step))
+
+
 def chosen(steps: Steps, step: int | None, *, sealed: bool) -> int:
     """The step to read, of those with a seal, or of all that are committed; the newest, if it is not given.
 
@@ -156,13 +169,13 @@ def without_seal(steps: Steps, step: int) -> str:
     )
 
 
-def _verified_seal(steps: Steps, step: int) -> Seal:
-    """The seal of a step whose files are what it says."""
+def _verified_seal(steps: Steps, step: int, below: str = "") -> Seal:
+    """The seal of a step whose files, or those below a path in it, are what it says."""
     try:
         seal = read_seal(steps, step)
     except CheckpointError as error:
         raise Damaged(str(error)) from None
-    _refuse(file_faults(steps, seal))
+    _refuse(file_faults(steps, seal, below=below))
     return seal
 
 
