@@ -29,7 +29,7 @@ from shardadam.checkpoint.failures import (
 )
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.match import CheckpointError, SaveError
-from shardadam.checkpoint.restoring import Damage, Verify, chosen, restore_newest, restore_step
+from shardadam.checkpoint.restoring import Damage, Verify, chosen, read_extra, restore_newest, restore_step
 from shardadam.checkpoint.seal import Seal, described_plan
 from shardadam.checkpoint.sealing import Sealing, check_finite, count_of, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all, check_shared
@@ -173,7 +173,7 @@ class Checkpointer:
             return
         sealed = sealed_leaves(parts)  # Waited for, as the state may be donated once this returns.
         if not allow_nonfinite:
-            check_finite(step, sealed)
+            on_process_zero(self._steps.key("finite"), lambda: check_finite(step, sealed))
         seal = Seal(
             step=step, files={}, leaves=sealed, count=count_of(parts), plan=described_plan(plan), config=self._config,
             run_id=self._run_id, num_processes=jax.process_count(),
@@ -248,10 +248,10 @@ class Checkpointer:
 
         Raises:
           FileNotFoundError: the directory has no such step, or none at all.
+          CheckpointError: it is damaged.
         """
         self.wait()
-        step = chosen(self._steps, None if step is None else operator.index(step), sealed=False)
-        return reading.read_extra(self._steps.path(step))
+        return read_extra(self._steps, None if step is None else operator.index(step))
 
     def all_steps(self) -> list[int]:
         """The saved steps, ascending: those with a seal. A save under way is not among them."""

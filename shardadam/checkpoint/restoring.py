@@ -17,7 +17,7 @@ from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.slots import slots
 from shardadam.checkpoint.steps import Steps, short
 from shardadam.checkpoint.together import all_succeed, on_every_process, on_process_zero
-from shardadam.checkpoint.verify import file_faults, leaf_faults, read_seal, shape_faults
+from shardadam.checkpoint.verify import chunk_faults, file_faults, leaf_faults, read_seal, shape_faults
 from shardadam.plan import Plan
 
 Verify = Literal["files", "full", False]
@@ -101,8 +101,7 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
     if seal is None:
         on_process_zero(steps.key("files"), lambda: list_files(path))  # Refuses links, which may lead anywhere.
     saved = all_succeed(steps.key("metadata"), lambda: reading.saved_leaves(path))
-    if seal is not None:
-        _refuse(shape_faults(saved, seal))
+    _refuse(chunk_faults(saved) + ([] if seal is None else shape_faults(saved, seal)))
     target = as_saved(like, saved)
     wanted = list(slots(target, plan))
     check_match(saved, wanted, str(path))
@@ -123,6 +122,19 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
         faults = on_every_process(steps.key("digests"), lambda: leaf_faults(there, seal))
         _refuse(sorted({fault for own in faults for fault in own}))
     return as_wanted(jax.tree.unflatten(jax.tree.structure(target), leaves), like)
+
+
+def read_extra(steps: Steps, step: int | None) -> Any:
+    """What was saved beside the state of a step (default: the newest); its files are held to the seal, if it has one.
+
+    Raises:
+      Damaged: they are not what it says.
+      FileNotFoundError: there is no such step.
+    """
+    step = chosen(steps, step, sealed=False)
+    if on_process_zero(steps.key("has a seal"), lambda: step in steps.seals()):
+        _verified_seal(steps, step, below=f"{reading.EXTRA}/")
+    return reading.read_extra(steps.path(step))
 
 
 def chosen(steps: Steps, step: int | None, *, sealed: bool) -> int:
@@ -157,13 +169,13 @@ def without_seal(steps: Steps, step: int) -> str:
     )
 
 
-def _verified_seal(steps: Steps, step: int) -> Seal:
-    """The seal of a step whose files are what it says."""
+def _verified_seal(steps: Steps, step: int, below: str = "") -> Seal:
+    """The seal of a step whose files, or those below a path in it, are what it says."""
     try:
         seal = read_seal(steps, step)
     except CheckpointError as error:
         raise Damaged(str(error)) from None
-    _refuse(file_faults(steps, seal))
+    _refuse(file_faults(steps, seal, below=below))
     return seal
 
 

@@ -54,7 +54,7 @@ class Steps:
 
     def seal_path(self, step: int) -> epath.Path:
         """Of the step's seal."""
-        return self.directory / SEALS / f"{step}.json"
+        return self._folder(SEALS) / f"{step}.json"
 
     def sealed(self) -> list[int]:
         """The saved steps, ascending: those with a seal."""
@@ -63,7 +63,7 @@ class Steps:
     def seals(self) -> list[int]:
         """The steps that have a seal, ascending; a step whose own directory is gone, too."""
         with contextlib.suppress(FileNotFoundError):
-            names = (path.name.removesuffix(".json") for path in (self.directory / SEALS).iterdir())
+            names = (path.name.removesuffix(".json") for path in self._folder(SEALS).iterdir())
             return sorted(int(name) for name in names if name.isdecimal())
         return []
 
@@ -103,7 +103,7 @@ class Steps:
           Where it is now.
         """
         name = f"{step}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
-        target = self.directory / DAMAGED / name
+        target = self._folder(DAMAGED) / name
         target.parent.mkdir(exist_ok=True)
         write_durably(target.with_name(f"{name}.txt"), why + "\n")
         # The step first: a seal without one is reported again, a step without a seal would be as one never finished.
@@ -117,21 +117,34 @@ class Steps:
 
         Each of the three is one rename or harmless to repeat: `sweep` goes on where a process was killed.
         """
-        trash = self.directory / TRASH
+        trash = self._folder(TRASH)
         trash.mkdir(exist_ok=True)
         name = f"{step}-{uuid.uuid4().hex[:12]}"
         _move(self.seal_path(step), trash / f"{name}.json")
         self._empty(trash / f"{name}.json")
 
     def sweep(self) -> None:
-        """Ends deletions that were cut short."""
-        trash = self.directory / TRASH
+        """Ends deletions that were cut short, and removes drafts of seals."""
+        for draft in self._folder(SEALS).glob("*.tmp"):
+            draft.unlink(missing_ok=True)
+        trash = self._folder(TRASH)
         if not trash.exists():
             return
         for record in sorted(trash.glob("*.json")):
             self._empty(record)
         for left in trash.iterdir():
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+
+    def _folder(self, name: str) -> epath.Path:
+        """One of the three directories beside the steps.
+
+        Raises:
+          CheckpointError: it is a symbolic link: what is deleted or trusted there would be somebody else's.
+        """
+        path = self.directory / name
+        if is_local(path) and os.path.islink(path):
+            raise CheckpointError(f"{path}: is a symbolic link, which it must not be; remove it")
+        return path
 
     def _empty(self, record: epath.Path) -> None:
         """Removes the step that `record`, its former seal, stands for."""
@@ -170,7 +183,10 @@ def make_room(steps: Steps, step: int) -> None:
     Raises:
       CheckpointError: it, or a later one, is saved.
     """
-    steps.sweep()
+    try:
+        steps.sweep()
+    except OSError as error:
+        log.warning("what is left of deleted steps in %s cannot be removed: %s", steps.directory, error)
     remove_partial(steps)
     saved = steps.sealed()
     if saved and step <= saved[-1]:
@@ -179,7 +195,7 @@ def make_room(steps: Steps, step: int) -> None:
             "the latest and go on from there, or save in another directory"
         )
     in_the_way = sorted(left for left in {*steps.unsealed(), *steps.seals()} - set(saved) if left >= step)
-    seals = steps.directory / SEALS
+    seals = steps.seal_path(step).parent
     if in_the_way and not seals.exists():
         raise CheckpointError(
             f"step {step}: not saved: {steps.directory} holds {short(in_the_way)} of plain Orbax or of an older "

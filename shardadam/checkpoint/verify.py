@@ -80,6 +80,22 @@ def shape_faults(saved: Mapping[tuple[str, ...], Any], seal: Seal) -> list[str]:
     ]
 
 
+def chunk_faults(saved: Mapping[tuple[str, ...], Any]) -> list[str]:
+    """Leaves whose chunks are larger than they are: Orbax writes none, and a reader would allocate them.
+
+    Compressed data need no such limit: TensorStore stops decompressing where a chunk ends.
+
+    Args:
+      saved: Orbax's metadata by the names of the keypaths.
+    """
+    faults = []
+    for names, leaf in saved.items():
+        chunk = getattr(getattr(leaf, "storage", None), "chunk_shape", None)
+        if chunk is not None and any(size > max(dim, 1) for size, dim in zip(chunk, leaf.shape, strict=True)):
+            faults.append(f"`{'/'.join(names)}`: has chunks of shape {tuple(chunk)}, and itself {tuple(leaf.shape)}")
+    return faults
+
+
 def leaf_faults(slots: Sequence[Slot], seal: Seal) -> list[str]:
     """How leaves in memory differ from a seal. All processes call this; nothing is gathered.
 
@@ -100,7 +116,8 @@ def stored_leaf_faults(step_directory: epath.Path, seal: Seal, *, chunk_bytes: i
       seal: its seal.
       chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
     """
-    faults = shape_faults(reading.saved_leaves(step_directory), seal)
+    saved = reading.saved_leaves(step_directory)
+    faults = shape_faults(saved, seal) + chunk_faults(saved)
     yield from faults
     if not faults:
         for leaf, x in stored_leaves(step_directory, chunk_bytes=chunk_bytes):

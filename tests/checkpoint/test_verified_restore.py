@@ -82,6 +82,16 @@ def test_all_damaged(saved):
         assert sorted(p.name[0] for p in (saved / "damaged").iterdir() if p.is_dir()) == ["1", "2", "3"]
 
 
+def test_what_was_saved_beside_the_state_is_held_to_the_seal_too(saved):
+    (saved / "3" / "extra" / "metadata").write_text('{"step": 4}')
+    with Checkpointer(saved) as checkpointer:
+        assert checkpointer.extra(2) == {"step": 2}
+        with pytest.raises(Damaged, match="extra/metadata: its bytes are not those"):
+            checkpointer.extra()
+        checkpointer.restore(state_of(0))
+        assert checkpointer.extra() == {"step": 2}
+
+
 def test_another_tree_is_the_callers_mistake_and_moves_nothing(saved):
     with Checkpointer(saved) as checkpointer:
         with pytest.raises(CheckpointError, match="`z`: not in the checkpoint"):

@@ -153,6 +153,29 @@ def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def damage_is_found_by_all(directory, mesh):
+    """Each process hashes other files; all hear of the one that is damaged, and restore the same older step."""
+    state = new_state(mesh)
+    with shardadam.Checkpointer(directory) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state.replace(step=state.step * 0 + step))
+        checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2]
+        if jax.process_index() == 0:
+            path = max(Path(directory, "2", "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+            path.write_bytes(path.read_bytes()[:-1] + b"?")
+        runtime.from_process_zero("damaged", "")
+        with pytest.raises(CheckpointError, match="its bytes are not those that were sealed"):
+            checkpointer.restore(state, 2)
+        restored = checkpointer.restore(new_state(mesh, seed=9), verify="full")
+        assert int(restored.step.addressable_data(0)) == checkpointer.restored_step == 1
+        assert [damage.step for damage in checkpointer.damaged] == [2]
+        checkpointer.save(2, restored, wait=True)
+        assert checkpointer.latest_step() == 2
+        with pytest.raises(CheckpointError, match="elements that are NaN or infinite"):
+            checkpointer.save(3, restored.replace(params=jax.tree.map(lambda x: x * jnp.nan, restored.params)))
+
+
 if __name__ == "__main__":
     out, read, write = sys.argv[1:]
     num_processes = runtime.initialize(heartbeat_seconds=30)
@@ -163,5 +186,6 @@ if __name__ == "__main__":
     a_disk_that_is_full(f"{write}-full", {"x": everywhere(np.arange(64, dtype=np.float32), mesh, P("data"))})
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
+    damage_is_found_by_all(f"{write}-damaged", mesh)
     if jax.process_index() == 0:
         np.savez(out, **found)
