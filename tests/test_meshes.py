@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import make_mesh
 from jax.sharding import NamedSharding
@@ -17,6 +18,9 @@ import shardadam
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 STEPS = 3
 PAGE = (DOCS / "meshes.md").read_text()
+# jax 0.12 contracts the sum of a parameter and its update in another way here, once `w_in` is (8, 32) on each device:
+# 21 of 2048 elements are an ulp off. mu and nu are not.
+AN_ULP_OFF = {("data x fsdp (HSDP)", "TrainState")}
 REMATERIALIZED = "Involuntary full rematerialization"
 
 
@@ -39,10 +43,45 @@ def test_an_update_on_a_mesh(variant, capfd):
             assert jax.tree.map(lambda x: x.sharding, params) == places
             assert held_per_device(adam_state(opt_state), mesh) == {plan.state_bytes_per_device()}
         shardadam.audit(opt_state, plan)
-        assert_same_bits(params, wanted)
+        if (variant.case.name, kind) in AN_ULP_OFF and jax.__version_info__ >= (0, 11):
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2.5e-7, atol=1e-7), params, wanted)
+        else:
+            assert_same_bits(params, wanted)
         mine = adam_state(opt_state)
         assert_same_bits((logical(mine.mu, plan), logical(mine.nu, plan)), (moments.mu, moments.nu))
     assert row(variant, plan, compiled) in PAGE, "run ./scripts/tables"
+
+
+def loss_of(params, x):
+    """A loss in which every parameter takes part."""
+    h = jnp.tanh(x @ params["embed"] @ params["w_in"]) @ params["w_out"]
+    rest = sum(jnp.sum(w**2) for name, w in params.items() if name not in ("embed", "w_in", "w_out"))
+    return jnp.mean(h**2) + rest / 1000
+
+
+@pytest.mark.parametrize("name", ["data x fsdp (HSDP)", "data x fsdp x model", "data x expert"])
+def test_gradients_that_are_reduced_there_train_as_on_one_device(name):
+    """Within the order of sums; the plain meshes are in test_step.py."""
+    laid = lay(next(variant for variant in VARIANTS if variant.case.name == name))
+    batch = np.random.default_rng(5).standard_normal((16, 96)).astype(np.float32)
+    tx = shardadam.adamw(1e-2, plan=laid.plan)
+    state = shardadam.TrainState.create(apply_fn=None, params=laid.place(smaller(laid.params)), tx=tx)
+    step = shardadam.make_train_step(loss_of, state)
+    reference = optax.adamw(1e-2)
+    params = jax.tree.map(jnp.asarray, smaller(laid.params))
+    opt_state = reference.init(params)
+    for _ in range(STEPS):
+        state, metrics = step(state, batch)
+        loss, grads = jax.jit(jax.value_and_grad(loss_of))(params, batch)
+        updates, opt_state = jax.jit(reference.update)(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), state.params, params)
+    assert jax.tree.map(lambda x: x.sharding, state.params) == jax.tree.map(lambda x: x.sharding, laid.params)
+
+
+def smaller(params):
+    return jax.tree.map(lambda x: np.asarray(x) / 4, params)
 
 
 def assert_only_gathers_of_the_plan(compiled, plan):
