@@ -47,9 +47,7 @@ class NotElementwise(ValueError):
         """`what` meets what, and in which transformation, where that is known."""
         self.what, self.where = what, where
         place = f" (in {where})" if where else ""
-        super().__init__(
-            f"not element-wise: {what}{place}; keep it out of shardadam.shard, beside it in an optax.chain"
-        )
+        super().__init__(f"not element-wise: {what}{place}; keep it out of shardadam.shard, or give state_specs=")
 
 
 class Part(NamedTuple):

@@ -14,6 +14,7 @@ from shardadam.placement import resolve_plan
 from shardadam.plan import Plan
 from shardadam.precision import widest
 from shardadam.sharding import check_context, map_leaves
+from shardadam.specified import specify
 from shardadam.transformation import ShardedTransformation, select, transformation
 from shardadam.update import initializer, updater
 
@@ -24,6 +25,7 @@ def shard(
     mesh: Mesh | AbstractMesh | None = None,
     axis_name: str | tuple[str, ...] = "data",
     plan: Plan | None = None,
+    state_specs: Any = None,
 ) -> ShardedTransformation:
     """An element-wise optax transformation, with its parameter-shaped state partitioned over the device mesh.
 
@@ -36,6 +38,8 @@ def shard(
       mesh: see `adam`.
       axis_name: see `adam`.
       plan: see `adam`.
+      state_specs: for a transformation that is not element-wise: a tree of `PartitionSpec`s like its state, a prefix of
+        one, or a function of its abstract state that makes one. It then runs on whole gradients, as XLA splits it.
 
     Returns:
       A transformation with the updates of `tx`. Scalars of its state, such as counters, are replicated.
@@ -55,6 +59,9 @@ def shard(
         raise ValueError(
             "shard: got a transformation of shardadam's own, whose state is in shards; wanted one of optax's"
         )
+    if state_specs is not None:
+        plan_of = functools.partial(resolve_plan, mesh=mesh, axis_name=axis_name, plan=plan)
+        return specify(tx, state_specs, plan_of)
     return place(tx, mesh=mesh, axis_name=axis_name, plan=plan)
 
 

@@ -105,7 +105,8 @@ class TrainState(train_state.TrainState):
         scalars = _first_scalars(loss_scale, skip_nonfinite)
         if mesh is not None:
             params, opt_state, scalars = _on(mesh, (params, opt_state, scalars))
-            if not _traced(opt_state):  # They may be, while `params` is what a traced function closes over.
+            # They may be traced, while `params` is what a traced function closes over.
+            if getattr(tx, "by_plan", True) and not _traced(opt_state):
                 audit(opt_state, plan, accumulators=isinstance(tx, ShardedTransformation), nu_dtype=master_dtype)
         fields: dict[str, Any] = {"stage": 3 if stage == 3 else 2, "master": beginning.master, **scalars, **kwargs}
         return cls(apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **fields)

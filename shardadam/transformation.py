@@ -29,6 +29,9 @@ class ShardedTransformation(optax.GradientTransformationExtraArgs):
     takes_keep: bool = False
     """Whether `update` takes the keyword `keep`."""
 
+    by_plan: bool = True
+    """Whether its state lies by the plan, or by specs of the caller's."""
+
 
 def transformation(
     init: Any,

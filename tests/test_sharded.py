@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from conftest import make_mesh
+from jax.sharding import PartitionSpec as P
 from trees import SHAPES, assert_same_bits, by_path, collectives, logical, make_step, put, random_tree
 
 import shardadam
@@ -208,3 +209,38 @@ def test_checkpoints_of_any_transformation(data_mesh, tmp_path):
         back = checkpointer.restore(target)
     assert_same_bits(whole(back["opt_state"], other), reference("lion")[1])
     assert set(SHAPES) == set(back["params"])
+
+
+def by_size(state):
+    """Specs for a factored state: what divides by eight is split on dim 0."""
+    return jax.tree.map(lambda x: P("data") if x.ndim and x.shape[0] % 8 == 0 else P(), state)
+
+
+def test_state_specs_place_what_is_not_elementwise(data_mesh):
+    host = [random_tree(t) for t in range(3)]
+    plan = shardadam.make_plan(host[0], data_mesh, min_size=0)
+    reference = optax.adafactor(1e-2, min_dim_size_to_factor=8)
+    tx = shardadam.shard(reference, plan=plan, state_specs=by_size)
+    params = jax.tree.map(jnp.array, host[0])
+    wanted, step = (params, reference.init(params)), make_step(reference)
+    placed = put(host[0], data_mesh)
+    got, my_step = (placed, tx.init(placed)), make_step(tx)
+    train = shardadam.TrainState.create(apply_fn=None, params=placed, tx=tx)
+    apply = jax.jit(lambda s, g: s.apply_gradients(grads=g))
+    for grads in host[1:]:
+        wanted, got = step(*wanted, grads), my_step(*got, put(grads, data_mesh))
+        train = apply(train, put(grads, data_mesh))
+    assert got[1][0].v_row["kernel"].addressable_shards[0].data.shape == (6,)
+    assert got[0]["kernel"].sharding.is_fully_replicated
+    assert_close(got, wanted)  # Reductions over shards add in another order.
+    assert_close(train.params, wanted[0])
+
+
+def test_state_specs_that_do_not_fit_are_named(data_mesh):
+    plan = shardadam.make_plan(random_tree(0), data_mesh, min_size=0)
+    uneven = shardadam.shard(optax.lion(1e-2), plan=plan, state_specs=P("data"))
+    with pytest.raises(ValueError, match=r"state_specs: `0/count` has shape \(\), got .* of 1 dims"):
+        uneven.init(random_tree(0))
+    specs = optax.lion(1e-2).init(random_tree(0))[0]._replace(count=None, mu=P("data"))
+    with pytest.raises(ValueError, match=r"state_specs: `0/mu/bias` has shape \(1300,\), of which .* does not divide"):
+        shardadam.shard(optax.lion(1e-2), plan=plan, state_specs=(specs, None, None)).init(random_tree(0))
