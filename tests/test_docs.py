@@ -18,7 +18,7 @@ from shardadam.trainer.config import load_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-MODULES = ["layout", "plan", "optimizer", "sharded", "train_state"]
+MODULES = ["layout", "plan", "optimizer", "sharded", "train_state", "handles", "params", "precision"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
