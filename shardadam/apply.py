@@ -84,8 +84,13 @@ def apply_on_shards(
         x = x.astype(leaf.dtype)
         if at_rest:
             return own_shards(leaf, x, path)
-        return gather_shards(x, leaf, mesh, collective) if in_shards(leaf) else constrain(x, mesh, leaf.param_spec)
+        if not in_shards(leaf):
+            return constrain(x, mesh, leaf.param_spec)
+        return gather_shards(x, leaf, mesh, collective, into=old.get(path))
 
+    old: dict[str, jax.Array] = {}  # Whole parameters, whose memory the new ones take.
+    if not at_rest:
+        map_leaves(lambda leaf, x, path: old.update({path: x}), params, plan)
     shards = map_leaves(from_shards if at_rest else from_whole, params, plan)
     if master is not None:
         masters = map_leaves(from_shards, master, plan)

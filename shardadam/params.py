@@ -71,7 +71,9 @@ def check_shape(leaf: LeafPlan, x: Any, path: str) -> None:
         raise ValueError(f"`{path}`: got shape {jnp.shape(x)}, the plan has {leaf.shape}; make a state for this tree")
 
 
-def gather_shards(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, collective: Collective) -> jax.Array:
+def gather_shards(
+    x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, collective: Collective, *, into: jax.Array | None = None
+) -> jax.Array:
     """One leaf from the layout of the state to its parameter's, as `unpack_leaf` with a say in how.
 
     Args:
@@ -80,6 +82,9 @@ def gather_shards(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, colle
       mesh: the mesh to place it on.
       collective: "joint" is one all-gather; "per_axis" one along each mesh axis, minor first. Large layers of a stack
         are gathered one after the other.
+      into: the leaf's old value, whole, which is no longer needed: large layers are written over its own, so that where
+        it was donated the gather needs no room but a layer's. XLA:GPU would else make a second stack (13.6 GiB of
+        temporaries in place of 0.7 for 8B parameters on 64 H100).
     """
     own = entries(leaf.param_spec, len(leaf.shape))
     part = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in zip(leaf.shape, own, strict=True))
@@ -92,12 +97,27 @@ def gather_shards(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, colle
         whole = all_gather(shard, leaf.shard_axes, dim=split_dim(leaf, stacked), collective=collective)
         return unpack(whole, part[leaf.stacked_dims - stacked :], stacked) if leaf.layout == "packed" else whole
 
+    def in_place(shard: jax.Array, old: jax.Array) -> jax.Array:
+        def one(i: jax.Array, whole: jax.Array) -> jax.Array:
+            layer = gathered_layers(jax.lax.dynamic_index_in_dim(shard, i, keepdims=False), 0)
+            return jax.lax.dynamic_update_index_in_dim(whole, layer, i, 0)
+
+        return jax.lax.fori_loop(0, shard.shape[0], one, old)
+
     def own_part(shard: jax.Array) -> jax.Array:
         return layer_by_layer(gathered_layers, shard, leaf.stacked_dims, size)
 
-    gathered = jax.shard_map(own_part, mesh=mesh, in_specs=leaf.state_spec, out_specs=leaf.param_spec, check_vma=False)(
-        constrain(x, mesh, leaf.state_spec)
-    )
+    arrays, specs = [constrain(x, mesh, leaf.state_spec)], [leaf.state_spec]
+    replaces = into is not None and not at_once and leaf.stacked_dims == 1
+    if replaces:
+        arrays, specs = [*arrays, constrain(into, mesh, leaf.param_spec)], [*specs, leaf.param_spec]
+    gathered = jax.shard_map(
+        in_place if replaces else own_part,
+        mesh=mesh,
+        in_specs=tuple(specs),
+        out_specs=leaf.param_spec,
+        check_vma=False,
+    )(*arrays)
     return constrain(gathered, mesh, leaf.param_spec)
 
 
