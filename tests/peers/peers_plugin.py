@@ -28,6 +28,9 @@ if importlib.util.find_spec("sklearn") is None:
     sys.modules["sklearn"].datasets = sys.modules["sklearn.datasets"]
     sys.modules["sklearn"].linear_model = sys.modules["sklearn.linear_model"]
 
+# sharding_test compares JAX's version as text and skips, as "0.10" is less than "0.7": it is shown one that sorts.
+SORTS_AS_NEW = "0.9.99"
+
 
 class Peers:
     """Runs every test under the mode's mesh, so that the arrays it makes live on the devices, and keeps its record."""
@@ -36,11 +39,13 @@ class Peers:
         self.mesh = MODES[mode].mesh
         self.swap = Swap(MODES[mode], plain=plain)
         self.out = out
+        self.jax_version = jax.__version__
         self.results = {}
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
         self.swap.record = Record()
+        jax.__version__ = SORTS_AS_NEW if item.path.name == "sharding_test.py" else self.jax_version
         with contextlib.nullcontext() if self.swap.plain == "alone" else jax.set_mesh(self.mesh):
             return (yield)
 

@@ -30,8 +30,8 @@ def test_optax_s_own_tests_pass_with_the_state_packed_over_eight_devices(packed_
 def test_every_one_of_them_went_through_our_code_on_eight_devices(packed_run):
     assert set(packed_run) == set(share())
     assert all(went_through(result) for result in packed_run.values())
-    assert sum(result["split"] > 0 for result in packed_run.values()) > 80
-    assert sum(result["measured"] > 0 for result in packed_run.values()) > 25
+    assert sum(result["split"] > 0 for result in packed_run.values()) > 100
+    assert sum(result["measured"] > 0 for result in packed_run.values()) > 50
 
 
 def test_only_the_listed_ones_failed(packed_run):
