@@ -16,6 +16,8 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import make_mesh
 from etils import epath
+from sybil import Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 from trees import assert_same_bits, by_path, put, random_tree
 
 import shardadam
@@ -199,6 +201,22 @@ class TestSealed:
             checkpointer.lock()
             assert "another Checkpointer of this process" in run(f"prune {steps} --keep 2", code=2)
         assert [row["step"] for row in run(f"list {steps} --json")] == [3, 5, 6]
+
+
+def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    done = []
+
+    def command(example):
+        for line in example.parsed.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+            done.append(line.split()[2])
+
+    parsers = [PythonCodeBlockParser(), CodeBlockParser("sh", command)]
+    for example in Sybil(parsers, path=str(ROOT)).parse(ROOT / "docs" / "converting.md").examples():
+        example.evaluate()
+    assert done == ["import", "show", "diff", "export", "export", "list", "verify", "prune"]
+    assert "kept: 500" in capsys.readouterr().out
 
 
 def test_no_more_is_in_memory_than_a_few_copies_of_a_leaf(tmp_path):

@@ -1,0 +1,195 @@
+"""Times one state's saves and restores by shardadam and by plain Orbax, in turns; says which goals are met."""
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+import shardadam
+from shardadam.checkpoint.digest import digests
+from shardadam.checkpoint.slots import slots
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
+# The ratio of two figures of one round, and the most that its median may be.
+GOALS = {
+    "stall vs plain Orbax": ("stall", "orbax stall", 1.1),
+    "whole save vs plain Orbax": ("save", "orbax save", 1.15),
+    "restore, files verified, vs plain Orbax": ("restore", "orbax restore", 1.3),
+    "digests, of a whole save": ("digest", "save", 0.05),
+}
+HOW = """\
+A `TrainState` of float32 parameters, replicated over 8 simulated devices, with mu and nu in shards (natural layout), is
+saved and restored by `shardadam.Checkpointer` and by Orbax's `CheckpointManager` (`StandardSave`, asynchronous). Both
+keep two steps and are given the same arrays. The variants take turns, each round beginning with another; a ratio is the
+median over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint --write`.
+
+- *stall*: until `save` returns. *save*: until the step is committed, and for shardadam sealed.
+- *restore*: into the shardings of the state; shardadam's verifies every file first, *unverified* does not, *full* also
+  compares the digests of the leaves in memory. Files are in the page cache, for all alike.
+- *digest*: the digests of all leaves alone, as a save computes them. *disk*: as many bytes in one file, written with
+  fsync, and read back.
+"""
+
+
+def timed(work):
+    start = time.perf_counter()
+    result = work()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start, result
+
+
+def new_state(rows, num_leaves):
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rng = np.random.default_rng(0)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    params = {
+        f"w{i}": jax.device_put(rng.standard_normal((rows, 1024), np.float32), replicated) for i in range(num_leaves)
+    }
+    plan = shardadam.make_plan(params, mesh, layout="natural")
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-3, plan=plan), plan=plan)
+    return jax.jit(lambda s: s.apply_gradients(grads=s.params), donate_argnums=0)(state)
+
+
+def disk(directory, nbytes):
+    """Seconds to write and to read as many bytes."""
+    block, path = np.random.default_rng(0).bytes(2**24), directory / "raw"
+
+    def write():
+        with path.open("wb") as file:
+            for _ in range(nbytes // 2**24):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read():
+        with path.open("rb") as file:
+            while file.read(2**24):
+                pass
+
+    figures = {"disk write": timed(write)[0], "disk read": timed(read)[0]}
+    path.unlink()
+    return figures
+
+
+def ours(checkpointer, step, state):
+    start = time.perf_counter()
+    checkpointer.save(step, state)
+    stall = time.perf_counter() - start
+    checkpointer.wait()
+    save = time.perf_counter() - start
+    restores = {
+        "restore": timed(lambda: checkpointer.restore(state))[0],
+        "restore unverified": timed(lambda: checkpointer.restore(state, verify=False))[0],
+        "restore full": timed(lambda: checkpointer.restore(state, verify="full"))[0],
+    }
+    return {"stall": stall, "save": save, **restores}
+
+
+def orbax(manager, step, state):
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    start = time.perf_counter()
+    manager.save(step, args=ocp.args.StandardSave(state))
+    stall = time.perf_counter() - start
+    manager.wait_until_finished()
+    save = time.perf_counter() - start
+    restore, _ = timed(lambda: manager.restore(step, args=ocp.args.StandardRestore(like)))
+    return {"orbax stall": stall, "orbax save": save, "orbax restore": restore}
+
+
+def measure(state, rounds, directory):
+    """Seconds of each figure, by round; the first round, which compiles and makes the writers, is not among them."""
+    nbytes = sum(x.nbytes for x in jax.tree.leaves(state))
+    parts = list(slots(state, state.plan))
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    found = []
+    with (
+        shardadam.Checkpointer(directory / "ours", max_to_keep=2) as checkpointer,
+        ocp.CheckpointManager(directory / "orbax", options=options) as manager,
+    ):
+        variants = [
+            lambda step: ours(checkpointer, step, state),
+            lambda step: orbax(manager, step, state),
+            lambda step: disk(directory, nbytes),
+            lambda step: {"digest": timed(lambda: digests(parts) and None)[0]},
+        ]
+        for step in range(rounds + 1):
+            figures = {}
+            for i in range(len(variants)):
+                figures |= variants[(i + step) % len(variants)](step)
+                os.sync()
+            found.append(figures)
+    return nbytes, found[1:]
+
+
+def report(nbytes, found):
+    seconds = {
+        name: {"median": statistics.median(values), "min": min(values), "max": max(values)}
+        for name in sorted(found[0])
+        if (values := [figures[name] for figures in found])
+    }
+    goals = {}
+    for text, (figure, base, limit) in GOALS.items():
+        ratios = [figures[figure] / figures[base] for figures in found]
+        median = statistics.median(ratios)
+        goals[text] = {
+            "ratio": median, "min": min(ratios), "max": max(ratios), "limit": limit, "met": median <= limit
+        }  # fmt: skip
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, at the end a load of {os.getloadavg()[0]:.1f}",
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "tensorstore", "numpy")},
+        "nbytes": nbytes,
+        "rounds": len(found),
+        "goals": goals,
+        "seconds": seconds,
+    }
+
+
+def page(answer):
+    lines = ["# Checkpoints: time to save and to restore", "", HOW]
+    lines += [f"{answer['nbytes'] / 1e6:.0f} MB, {answer['rounds']} rounds, {answer['date']}; {answer['machine']};"]
+    lines += [", ".join(f"{name} {version}" for name, version in answer["versions"].items()) + ".", ""]
+    lines += ["| goal: at most | limit | median | min | max | |", "| --- | --: | --: | --: | --: | --- |"]
+    for text, goal in answer["goals"].items():
+        figures = " | ".join(f"{goal[key]:.3f}" for key in ("ratio", "min", "max"))
+        lines.append(f"| {text} | {goal['limit']} | {figures} | {'met' if goal['met'] else 'NOT met'} |")
+    lines += ["", "| seconds | median | min | max | MB/s |", "| --- | --: | --: | --: | --: |"]
+    for name, x in answer["seconds"].items():
+        rate = answer["nbytes"] / x["median"] / 1e6
+        lines.append(f"| {name} | {x['median']:.3f} | {x['min']:.3f} | {x['max']:.3f} | {rate:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=2048, help="of each leaf, with 1024 columns")
+    parser.add_argument("--leaves", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="writes the report there")
+    parser.add_argument("--write", action="store_true", help="renews docs/benchmarks/checkpoint.{md,json}")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as directory:
+        answer = report(*measure(new_state(args.rows, args.leaves), args.rounds, Path(directory)))
+    text = page(answer)
+    print(text)
+    targets = [args.json] if args.json else []
+    if args.write:
+        (DOCS / "checkpoint.md").write_text(text)
+        targets.append(DOCS / "checkpoint.json")
+    for target in targets:
+        target.write_text(json.dumps(answer, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
