@@ -25,6 +25,8 @@ def initializer(rule: optax.GradientTransformationExtraArgs) -> Callable[[Any, P
     What it compiles lives as long as it does: a rule may hold on to the caller's tracers.
     """
 
+    made_of_params: dict[Any, bool] = {}  # Found once for parameters of the same shapes.
+
     def program(params: Any, plan: Plan) -> Program:
         return make_program(
             rule.init, [params], [param_slots(params, plan)], lambda out: logical_slots(out, plan), plan
@@ -43,12 +45,15 @@ def initializer(rule: optax.GradientTransformationExtraArgs) -> Callable[[Any, P
             raise ValueError(
                 f"plan: made without devices, for {dict(plan.mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
             )
-        traced = program(params, plan)
-        _check_update(rule, params, traced, plan)
-        if any(kind.owner is not None for kind in traced.kinds):
+        leaves, treedef = jax.tree.flatten(logical(params, param_slots(params, plan)))
+        key = (treedef, tuple(leaves), plan)
+        if key not in made_of_params:
+            traced = program(params, plan)
+            _check_update(rule, params, traced, plan)
+            made_of_params[key] = any(kind.owner is not None for kind in traced.kinds)
+        if made_of_params[key]:
             return make(on_mesh(params, plan), shapes=None, plan=plan)
-        leaves, treedef = jax.tree.flatten(logical(params, traced.ins))
-        return make(None, shapes=(treedef, tuple(leaves)), plan=plan)
+        return make(None, shapes=key[:2], plan=plan)
 
     return init
 
