@@ -67,7 +67,12 @@ def main():
     with tempfile.TemporaryDirectory(prefix="shardadam-torture-") as directory:
         cache = Path(directory, "compiled")
         base = tiny_raw(
-            Path(directory, "whole"), steps=SAVE_EVERY, save_every=SAVE_EVERY, log_every=2, deadlines=DEADLINES
+            Path(directory, "whole"),
+            steps=SAVE_EVERY,
+            save_every=SAVE_EVERY,
+            log_every=2,
+            deadlines=DEADLINES,
+            mesh="data=-1",  # of as many devices as there are when fewer processes go on
         )
         assert launched(base, cache, processes=args.processes, program="faulty").returncode == 0
         shutil.copytree(base["runs_dir"], Path(directory, "begun"))  # so that there is something to restore at once
