@@ -59,7 +59,7 @@ def build(
         param_specs=tensor_specs(model) if tensor > 1 else None,
     )
     tx = optax.adam(1e-3) if strategy != "shardadam" else shardadam.adam(1e-3, plan=plan)
-    state = abstract_state(model, plan, tx, sharded=strategy != "replicated")
+    state = abstract_state(model, plan, tx, sharded=strategy != "replicated", stage=stage)
     copies = math.prod(mesh.shape[axis] for axis in data)
     if program == "step":
         tokens = jax.ShapeDtypeStruct((copies, MODELS[model].seq_len), jnp.int32, sharding=NamedSharding(mesh, P(data)))
@@ -70,7 +70,7 @@ def build(
             state,
             tokens,
         )
-    grads = map_leaves(lambda leaf, x, path: stacked_gradient(leaf, x, data, mesh), state.params, plan)
+    grads = map_leaves(lambda leaf, x, path: stacked_gradient(leaf, x, data, mesh), abstract_params(model), plan)
     if strategy != "shardadam":
         return plain_update(state, tx), state, grads
     return sharded_update(state, tx, data, collective, stage), state, grads
@@ -88,12 +88,13 @@ def mesh_for(target: Target, axes: str, tensor: int) -> Any:
     return target.mesh({**{axis: size for axis, size in sizes.items() if size > 1}, "model": tensor})
 
 
-def abstract_state(model: str, plan: Any, tx: Any, *, sharded: bool) -> shardadam.TrainState:
+def abstract_state(model: str, plan: Any, tx: Any, *, sharded: bool, stage: int) -> shardadam.TrainState:
     """A TrainState of shapes, with float32 moments: whole ones where they are not `sharded`."""
     mesh = plan.mesh
 
     def create(params: Any) -> shardadam.TrainState:
-        return shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan)
+        at_rest = {"stage": 3} if stage == 3 else {}
+        return shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan, **at_rest)
 
     def moment(leaf: Any, x: Any, path: str) -> Any:
         natural = x.shape == leaf.shape
@@ -186,7 +187,14 @@ def sharded_update(state: Any, tx: Any, data: tuple[str, ...], collective: str, 
     def update(state: Any, grads: Any) -> Any:
         grads = map_leaves(lambda leaf, g, path: reduced(leaf, g), grads, plan)
         done = apply_on_shards(
-            grads, state.opt_state, state.params, tx=tx, plan=plan, scattered=stage != 1, collective=region.collective
+            grads,
+            state.opt_state,
+            state.params,
+            tx=tx,
+            plan=plan,
+            scattered=stage != 1,
+            at_rest=stage == 3,
+            collective=region.collective,
         )
         return state.replace(step=state.step + 1, params=done.params, opt_state=done.opt_state)
 
