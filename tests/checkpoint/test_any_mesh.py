@@ -44,13 +44,15 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("kind", program.DTYPES)
 def test_the_digests_are_those_of_the_numbers_that_plain_orbax_reads(saved, kind):
     directory, found = saved
-    with ocp.StandardCheckpointer() as orbax:
-        tree = orbax.restore(directory / kind / "2" / "state")
+    path = directory / kind / "2" / "state"
+    with ocp.PyTreeCheckpointer() as orbax:
+        known = orbax.metadata(path).item_metadata.tree
+        on_host = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), known)
+        tree = orbax.restore(path, args=ocp.args.PyTreeRestore(restore_args=on_host))
     leaves = ocp.tree.to_flat_dict(tree, sep="/")
     read = {path: host_digest(np.asarray(x), path).text for path, x in leaves.items() if x is not None}
     assert read == found[kind]
     assert len(read) == (11 if kind == "plain" else 14)
-    assert np.abs(np.asarray(leaves["opt_state/0/mu/odd"], np.float32)).min() >= 0
 
 
 @pytest.mark.parametrize(("processes", "devices"), [(2, 2), (3, 2)])
@@ -78,7 +80,7 @@ def test_restored_by_one_process(saved, kind, devices, stage, layout, sizes):
     like = program.new_state(kind, mesh, stage=stage, layout=layout, specs=specs)
     with Checkpointer(directory / kind) as checkpointer:
         state = checkpointer.restore(like, verify="full")
-    audit(state.opt_state, state.plan)
+    audit(state, state.plan)
     assert program.digests_of(state) == wanted[kind]
     assert jax.tree.map(lambda x: x.sharding, state.params) == jax.tree.map(lambda x: x.sharding, like.params)
 
