@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shardadam.layout import choose_lanes
+from shardadam.layout import choose_lanes, num_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ["replicated optax", "hand-placed optax"]
@@ -37,13 +37,12 @@ def cases(tmp_path_factory):
 
 
 def moments(shape, shards, name):
-    """Bytes of one leaf's mu and nu on a device, by the layouts' definition (DESIGN.md), float32."""
+    """Bytes of one leaf's mu and nu on a device, by the layouts' definition, float32."""
     size = math.prod(shape)
     if name == "replicated optax" or size < 1024:
         return 8 * size
     if "packed" in name and shards > 1:
-        rows = math.ceil(size / (1024 * shards))
-        return 8 * rows * choose_lanes(size, shards)
+        return 8 * num_rows(size, shards) // shards * choose_lanes(size, shards)
     return 8 * size // shards
 
 
