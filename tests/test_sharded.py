@@ -27,7 +27,6 @@ BITWISE = {
     "sgd": optax.sgd(1e-2, momentum=0.9, nesterov=True),
     "adan": optax.adan(1e-2),
     "adabelief": optax.adabelief(1e-2),
-    "yogi": optax.yogi(1e-2),
     "rprop": optax.rprop(1e-2),
     "adamw": optax.adamw(optax.linear_schedule(1e-2, 0.0, 10)),
 }
@@ -37,6 +36,7 @@ CLOSE = {
     "adagrad": optax.adagrad(1e-2),
     "adadelta": optax.adadelta(1e-2),
     "signum": optax.signum(1e-2),
+    "yogi": optax.yogi(1e-2),  # With jax 0.12 only.
 }
 
 
