@@ -31,7 +31,8 @@ What is bold is arithmetic: behind the slash is the least that any split can hav
 equal shards, as optax's tree and JAX's shardings ask. A leaf of s elements costs each device ceil(s / N) of them, up to
 one too many per leaf. So a tree is sure to stay within a thousandth where a device's share is a thousand elements per
 leaf, and the {least} of {name} in {leaves} leaves are far from it. In bytes of mu and nu it is nothing: {bytes:,} on
-each device.
+each device. With `min_size` at 1000 x N, such leaves are set aside, and what is split is within a thousandth; but then
+they are whole on every device, which costs more than it evens out.
 
 ## What is set aside
 

@@ -52,6 +52,17 @@ def test_the_fullest_device_holds_at_most_a_thousandth_too_much(name):
             assert found.excess <= 1e-3, (num_shards, found)
 
 
+def test_with_leaves_of_a_share_under_a_thousand_set_aside_every_tree_is_within_a_thousandth():
+    """What `min_size` can do where a tree is small for its shards: 1000 elements per shard bound the excess."""
+    for name, num_shards in sorted(TOO_SMALL):
+        plan = shardadam.make_plan(ZOO[name].params(), {"data": num_shards}, min_size=1000 * num_shards)
+        split = [leaf for leaf in plan.leaves.values() if leaf.num_shards > 1]
+        assert split or name in ("ResNet-50", "ViT-So400m/14")  # Which have no leaf of 8,960,000 elements.
+        held = sum(leaf.elements_per_device for leaf in split)
+        assert held <= 1.001 * sum(leaf.size for leaf in split) / num_shards
+        assert all(leaf.size < 1000 * num_shards for leaf in plan.leaves.values() if leaf.num_shards == 1)
+
+
 @pytest.mark.parametrize("name", ["Llama-3 8B", "ViT-So400m/14", "Whisper large-v3"])
 def test_layers_that_are_stacked_are_split_as_evenly(name):
     params, dims = ZOO[name].stacked()
