@@ -13,8 +13,8 @@ from shardadam.adam_rule import adam_rule
 from shardadam.layout import LeafPlan
 from shardadam.moments import Hyperparams
 from shardadam.plan import Plan, path_name
-from shardadam.sharded import place, split
-from shardadam.sharding import constrain
+from shardadam.sharded import place
+from shardadam.sharding import constrain, split
 from shardadam.transformation import ShardedTransformation, select, transformation
 
 

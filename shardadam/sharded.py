@@ -13,7 +13,7 @@ from shardadam.layout import LeafPlan
 from shardadam.placement import resolve_plan
 from shardadam.plan import Plan
 from shardadam.precision import widest
-from shardadam.sharding import check_context, map_leaves
+from shardadam.sharding import check_context, map_leaves, split
 from shardadam.specified import specify
 from shardadam.transformation import ShardedTransformation, select, transformation
 from shardadam.update import initializer, updater
@@ -112,11 +112,6 @@ def place(
         return select(keep, updates, 0), select(keep, new_state, state)
 
     return transformation(init_fn, update_fn, plan_of, takes_keep=True)
-
-
-def split(plan: Plan | None) -> Plan | None:
-    """The plan where there is something to split; on no mesh, and on one device, plain optax does."""
-    return None if plan is None or plan.mesh.size == 1 else plan
 
 
 def _check_param(leaf: LeafPlan, x: Any, path: str) -> None:

@@ -53,25 +53,9 @@ def constrain(x: jax.Array, mesh: Mesh | AbstractMesh, spec: P) -> jax.Array:
     return x
 
 
-def sharded_zeros(shape: tuple[int, ...], dtype: Any, spec: P, mesh: Mesh | AbstractMesh) -> jax.Array:
-    """Zeros made in shards, traced or not: never whole on a device.
-
-    Raises:
-      ValueError: outside of a trace, and the mesh has no devices.
-    """
-    if isinstance(mesh, AbstractMesh):
-        x = jnp.zeros(shape, dtype)
-        if not isinstance(x, jax.core.Tracer):
-            raise ValueError(
-                f"plan: made without devices, for {dict(mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
-            )
-        return constrain(x, mesh, spec)
-    sharding = named_sharding(mesh, spec, len(shape))
-    x = jnp.zeros(shape, dtype, device=sharding)
-    if not isinstance(x, jax.core.Tracer):
-        return x
-    # Traced, where nothing else may name the devices, a jit of its own names them.
-    return constrain(jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)(), mesh, spec)
+def split(plan: Plan | None) -> Plan | None:
+    """The plan where there is something to split; on no mesh, and on one device, plain optax does."""
+    return None if plan is None or plan.mesh.size == 1 else plan
 
 
 def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Array:

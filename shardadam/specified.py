@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import entries
 from shardadam.plan import Plan, path_name
-from shardadam.sharding import axes_of_type, check_context, constrain, map_leaves, pack_leaf, unpack_leaf
+from shardadam.sharding import axes_of_type, check_context, constrain, map_leaves, pack_leaf, split, unpack_leaf
 from shardadam.transformation import ShardedTransformation, transformation
 
 
@@ -78,14 +78,13 @@ def specify(
 
         return map_leaves(back, updates, plan), pinned(new_state, plan)
 
-    made = transformation(init_fn, update_fn, plan_of)
-    made.by_plan = False
-    return made
+    return transformation(init_fn, update_fn, plan_of, by_plan=False)
 
 
 def _on_auto_axes(plan: Plan | None) -> Plan | None:
-    """The plan where there is something to split."""
-    if plan is None or plan.mesh.size == 1:
+    """The plan where there is something to split, on a mesh that XLA can split by specs."""
+    plan = split(plan)
+    if plan is None:
         return None
     if not isinstance(plan.mesh, Mesh):
         raise ValueError(

@@ -40,10 +40,11 @@ def transformation(
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
     takes_keep: bool = False,
+    by_plan: bool = True,
 ) -> ShardedTransformation:
     """A `ShardedTransformation` of two functions and of what it tells of itself."""
     tx = ShardedTransformation(init, update)
-    tx.plan_of, tx.learning_rate, tx.takes_keep = plan_of, learning_rate, takes_keep
+    tx.plan_of, tx.learning_rate, tx.takes_keep, tx.by_plan = plan_of, learning_rate, takes_keep, by_plan
     return tx
 
 
