@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from shardadam.communication import Collective
 from shardadam.layout import LeafPlan, entries
-from shardadam.params import check_shape, gather_shards
+from shardadam.params import check_shape, gather_shards, widened
 from shardadam.plan import Plan, is_none
 from shardadam.sharding import check_context, constrain, map_leaves, pack_leaf, unpack_leaf
 from shardadam.transformation import ShardedTransformation, select
@@ -93,8 +93,7 @@ def apply_on_shards(
         map_leaves(lambda leaf, x, path: old.update({path: x}), params, plan)
     shards = map_leaves(from_shards if at_rest else from_whole, params, plan)
     if master is not None:
-        masters = map_leaves(from_shards, master, plan)
-        shards = jax.tree.map(lambda wide, own: own if wide is None else wide, masters, shards, is_leaf=is_none)
+        shards = widened(shards, map_leaves(from_shards, master, plan))
     grads = map_leaves(from_shards if scattered else from_whole, grads, plan)
     given = {} if keep is None or not getattr(tx, "takes_keep", False) else {"keep": keep}
     update = optax.with_extra_args_support(tx).update

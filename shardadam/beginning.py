@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from shardadam.layout import LeafPlan
-from shardadam.params import pack_params
-from shardadam.plan import Plan, is_none
+from shardadam.params import pack_params, widened
+from shardadam.plan import Plan
 from shardadam.precision import widest
 from shardadam.sharding import constrain, map_leaves, named_sharding, unpack_leaf
 from shardadam.transformation import ShardedTransformation
@@ -51,13 +51,12 @@ def begin_params(params: Any, plan: Plan, *, stage: int, master_dtype: Any, mesh
         return Beginning(shards, None, shards)
     dtype = jnp.dtype(master_dtype)
 
-    def widened(leaf: LeafPlan, x: Any, path: str) -> Any:
+    def master_of(leaf: LeafPlan, x: Any, path: str) -> Any:
         return _cast(x, dtype) if needs_master(leaf, dtype) else None
 
-    master = map_leaves(widened, shards, plan)
+    master = map_leaves(master_of, shards, plan)
     held = map_leaves(lambda leaf, x, path: _cast(x, leaf.dtype), shards if stage == 3 else params, plan)
-    optimized = jax.tree.map(lambda wide, own: own if wide is None else wide, master, shards, is_leaf=is_none)
-    return Beginning(held, master, optimized)
+    return Beginning(held, master, widened(shards, master))
 
 
 def begin_opt_state(tx: Any, beginning: Beginning, plan: Plan, *, mesh: Mesh | None) -> Any:

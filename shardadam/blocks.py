@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from shardadam.communication import Collective, all_gather, layer_by_layer, reduce_scatter
-from shardadam.layout import LeafPlan, canonical_spec, entries, pack, unpack
+from shardadam.layout import LeafPlan, canonical_spec, entries, pack, shard_shape, unpack
 from shardadam.sharding import constrain, only_axes
 
 
@@ -79,8 +79,7 @@ def gather_leaf(block: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Arra
         x = all_gather(x, leaf.shard_axes, dim=split_dim(leaf, num_stacked), collective=region.collective)
         if leaf.layout != "packed":
             return x
-        layer = zip(leaf.shape, entries(leaf.param_spec, len(leaf.shape)), strict=True)
-        own = [dim // math.prod(region.mesh.shape[axis] for axis in axes) for dim, axes in layer]
+        own = shard_shape(leaf.shape, leaf.param_spec, region.mesh.shape)
         return unpack(x, (*x.shape[:num_stacked], *own[leaf.stacked_dims :]), num_stacked)
 
     return _on_parts(own_part, leaf, region, num_stacked, to_block=False)(block)

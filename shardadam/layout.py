@@ -103,6 +103,17 @@ def entries(spec: P, ndim: int) -> Entries:
     return tuple(parts) + ((),) * (ndim - len(parts))
 
 
+def shard_shape(shape: tuple[int, ...], spec: P, axis_sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of one device's part of an array whose dims `spec` divides evenly.
+
+    Example:
+      >>> shard_shape((16, 6), P(None, ("x", "y")), {"x": 3, "y": 2})
+      (16, 1)
+    """
+    split = zip(shape, entries(spec, len(shape)), strict=True)
+    return tuple(dim // math.prod(axis_sizes[axis] for axis in axes) for dim, axes in split)
+
+
 def canonical_spec(parts: Entries) -> P:
     """The spec that jit's own outputs carry: no 1-tuples, no trailing None. Inverse of `entries`."""
     short = [None if not e else e[0] if len(e) == 1 else e for e in parts]

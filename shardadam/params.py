@@ -10,8 +10,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from shardadam.blocks import split_dim
 from shardadam.communication import Collective, all_gather, goes_by_layer, layer_by_layer
-from shardadam.layout import LeafPlan, entries, unpack
-from shardadam.plan import Plan
+from shardadam.layout import LeafPlan, shard_shape, unpack
+from shardadam.plan import Plan, is_none
 from shardadam.sharding import constrain, map_leaves, named_sharding, pack_leaf, unpack_leaf
 
 
@@ -71,6 +71,16 @@ def check_shape(leaf: LeafPlan, x: Any, path: str) -> None:
         raise ValueError(f"`{path}`: got shape {jnp.shape(x)}, the plan has {leaf.shape}; make a state for this tree")
 
 
+def widened(shards: Any, master: Any) -> Any:
+    """Parameters in shards with each master in the place of its parameter: what updates are added to.
+
+    Args:
+      shards: a tree like the parameters.
+      master: a tree like it, with None where a parameter has no master.
+    """
+    return jax.tree.map(lambda wide, own: own if wide is None else wide, master, shards, is_leaf=is_none)
+
+
 def gather_shards(
     x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh, collective: Collective, *, into: jax.Array | None = None
 ) -> jax.Array:
@@ -86,8 +96,7 @@ def gather_shards(
         it was donated the gather needs no room but a layer's. XLA:GPU would else make a second stack (13.6 GiB of
         temporaries in place of 0.7 for 8B parameters on 64 H100).
     """
-    own = entries(leaf.param_spec, len(leaf.shape))
-    part = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in zip(leaf.shape, own, strict=True))
+    part = shard_shape(leaf.shape, leaf.param_spec, mesh.shape)
     size = math.prod(part[leaf.stacked_dims :])
     at_once = not goes_by_layer(leaf.stacked_dims, size)
     if leaf.num_shards == 1 or (at_once and (collective == "joint" or len(leaf.shard_axes) < 2)):

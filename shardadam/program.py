@@ -1,6 +1,5 @@
 """A traced element-wise function and what its arguments and results are, run on every device's shards."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from shardadam.elementwise import Part, Traced, Value, evaluate, local_data, outline, trace
-from shardadam.layout import LeafPlan, entries
+from shardadam.layout import LeafPlan, entries, shard_shape
 from shardadam.plan import Plan
 from shardadam.sharding import constrain
 from shardadam.slots import Slot, check_results, logical
@@ -117,9 +116,8 @@ def _values(arrays: list[Any], ins: list[Slot]) -> list[Value]:
 
 def _part(leaf: LeafPlan, plan: Plan) -> Part:
     """One device's shard of a leaf of the state."""
+    shape = shard_shape(leaf.state_shape, leaf.state_spec, plan.mesh.shape)
     split = entries(leaf.state_spec, len(leaf.state_shape))
-    pieces = (math.prod(plan.mesh.shape[axis] for axis in axes) for axes in split)
-    shape = tuple(dim // piece for dim, piece in zip(leaf.state_shape, pieces, strict=True))
     real = _is_real(leaf, shape) if leaf.padding else None
     return Part(shape, tuple(axis for axes in split for axis in axes), real)
 

@@ -1,6 +1,5 @@
 """A plan on a mesh: NamedShardings, bringing leaves to the state's layout and back, and `audit`."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, num_rows, pack, unpack
+from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, num_rows, pack, shard_shape, unpack
 from shardadam.plan import Plan, path_name
 from shardadam.planned import KeyPath, is_adam, map_planned, owners, planned_leaf
 from shardadam.planned import map_leaves as map_leaves
@@ -104,8 +103,7 @@ def unpack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.
         # Gathered over the shard axes: the parameter's parts, one below the other.
         own = entries(leaf.param_spec, len(leaf.shape))
         parts = canonical_spec((*own[: leaf.stacked_dims], leaf.part_axes))
-        dims = zip(leaf.shape, own, strict=True)
-        shape = tuple(dim // math.prod(mesh.shape[axis] for axis in axes) for dim, axes in dims)
+        shape = shard_shape(leaf.shape, leaf.param_spec, mesh.shape)
 
         def own_part(rows: jax.Array) -> jax.Array:
             return unpack(rows, shape, leaf.stacked_dims)

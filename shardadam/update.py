@@ -45,14 +45,15 @@ def initializer(rule: optax.GradientTransformationExtraArgs) -> Callable[[Any, P
             raise ValueError(
                 f"plan: made without devices, for {dict(plan.mesh.shape)}; pass mesh=, or enter jax.set_mesh(mesh)"
             )
-        leaves, treedef = jax.tree.flatten(logical(params, param_slots(params, plan)))
+        slots = param_slots(params, plan)
+        leaves, treedef = jax.tree.flatten(logical(params, slots))
         key = (treedef, tuple(leaves), plan)
         if key not in made_of_params:
             traced = program(params, plan)
             _check_update(rule, params, traced, plan)
             made_of_params[key] = any(kind.owner is not None for kind in traced.kinds)
         if made_of_params[key]:
-            return make(on_mesh(params, plan), shapes=None, plan=plan)
+            return make(_on_mesh(params, slots, plan), shapes=None, plan=plan)
         return make(None, shapes=key[:2], plan=plan)
 
     return init
@@ -106,10 +107,12 @@ def updater(rule: optax.GradientTransformationExtraArgs) -> Callable[..., tuple[
         keep: jax.Array | None,
         extra: dict[str, Any],
     ) -> tuple[Any, Any]:
-        check_shapes(updates, param_slots(updates, plan), lambda slot: _lies(slot, in_shards))
+        slots = param_slots(updates, plan)
+        check_shapes(updates, slots, lambda slot: _lies(slot, in_shards))
         arrays = {k: v for k, v in extra.items() if all(map(_is_array, jax.tree.leaves(v)))}
         static = tuple((k, v) for k, v in extra.items() if k not in arrays)
-        updates, params = (on_mesh(tree, plan, in_shards) for tree in (updates, params))
+        updates = _on_mesh(updates, slots, plan, in_shards)
+        params = _on_mesh(params, param_slots(params, plan), plan, in_shards)
         return kernel(updates, state, params, arrays, keep, plan=plan, in_shards=in_shards, static=static)
 
     return update
@@ -139,7 +142,7 @@ def _check_update(rule: Any, params: Any, init: Program, plan: Plan) -> None:
         return  # It wants keywords that only the caller of update has; it is checked there as well.
 
 
-def on_mesh(tree: Any, plan: Plan, in_shards: InShards = "none") -> Any:
+def _on_mesh(tree: Any, slots: list[Slot], plan: Plan, in_shards: InShards = "none") -> Any:
     """A tree like the parameters whose eager arrays, which may still be on one device, are on the plan's mesh."""
     if not isinstance(plan.mesh, Mesh):
         return tree
@@ -150,7 +153,7 @@ def on_mesh(tree: Any, plan: Plan, in_shards: InShards = "none") -> Any:
         return constrain(x, plan.mesh, P() if slot.leaf is None else slot.leaf.param_spec)
 
     leaves, treedef = jax.tree.flatten(tree)
-    return treedef.unflatten([place(*row) for row in zip(leaves, param_slots(tree, plan), strict=True)])
+    return treedef.unflatten([place(*row) for row in zip(leaves, slots, strict=True)])
 
 
 def _lies(slot: Slot, in_shards: InShards) -> bool:

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
-from shardadam.layout import entries
+from shardadam.layout import entries, shard_shape
 from shardadam.mixing import (
     WORD_COUNTS,
     Coordinate,
@@ -146,7 +146,7 @@ def _packed(block: tuple[int, ...], packed: Packing) -> tuple[list[Coordinate], 
     leaf, mesh = packed
     split, stack = entries(leaf.param_spec, len(leaf.shape)), leaf.stacked_dims
     counts = [math.prod(mesh.shape[axis] for axis in axes) for axes in split]
-    local = [size // count for size, count in zip(leaf.shape, counts, strict=True)]
+    local = shard_shape(leaf.shape, leaf.param_spec, mesh.shape)
     offsets = [_index(axes) * np.uint32(size) for axes, size in zip(split, local, strict=True)]
     coordinates = natural(block, offsets[:stack], leaf.shape)
     rows = jax.lax.broadcasted_iota(jnp.uint32, block, stack) + _index(leaf.shard_axes) * np.uint32(block[-2])
