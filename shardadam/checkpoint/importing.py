@@ -45,7 +45,8 @@ def save_imported(directory: epath.Path, step: int, tree: Any, reader: Reader) -
             manager.save(step, args=ocp.args.Composite(**{reading.STATE: ocp.args.PyTreeSave(tree)}))
         for names, leaf in leaves(tree).items():
             if not isinstance(leaf, Leaf):
-                sealed["/".join(names)] = _sealed(np.asarray(leaf), "/".join(names))
+                path, x = "/".join(names), np.asarray(leaf)
+                sealed[path] = SealedLeaf(*digest_of(x, path), x.shape, x.dtype.name)
         counts = [number(x) for names, x in leaves(tree).items() if isinstance(x, Leaf) and is_count(names, x.shape)]
         count = int(counts[0]) if counts else None
         write_seal(steps, Seal(step=step, files={}, leaves=sealed, count=count, origin="imported"))
@@ -58,13 +59,7 @@ def _sealing(reader: Reader, tree: Any, sealed: dict[str, SealedLeaf]) -> Reader
     def noting(wanted: Sequence[Leaf]) -> Iterator[jax.Array | np.ndarray]:
         for leaf, x in zip(wanted, reader(wanted), strict=True):
             path = paths[id(leaf)]
-            digest = digest_of(x, path)
-            sealed[path] = SealedLeaf(digest.text, digest.num_nonfinite, leaf.shape, np.dtype(leaf.dtype).name)
+            sealed[path] = SealedLeaf(*digest_of(x, path), leaf.shape, np.dtype(leaf.dtype).name)
             yield x
 
     return noting
-
-
-def _sealed(x: np.ndarray, path: str) -> SealedLeaf:
-    digest = digest_of(x, path)
-    return SealedLeaf(digest.text, digest.num_nonfinite, x.shape, x.dtype.name)

@@ -17,7 +17,7 @@ from shardadam.checkpoint.logical import is_key
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.source import find
-from shardadam.checkpoint.steps import Steps
+from shardadam.checkpoint.steps import Steps, existing
 from shardadam.checkpoint.stream import Leaf, digest_of, read
 from shardadam.checkpoint.upkeep import seal_or_fault
 
@@ -113,10 +113,7 @@ def list_steps(directory: str | os.PathLike[str]) -> list[StepRow]:
     Raises:
       FileNotFoundError: there is no such directory.
     """
-    root = as_path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory")
-    steps = Steps(root)
+    steps = Steps(existing(as_path(directory)))
     return [_step_row(steps, step) for step in sorted({*steps.seals(), *steps.unsealed()})]
 
 

@@ -60,10 +60,7 @@ class Sealing(threading.Thread):
 def sealed_leaves(slots: Sequence[Slot]) -> dict[str, SealedLeaf]:
     """What a seal says of each leaf, computed where the leaves are. All processes call it."""
     found = digests(slots)
-    return {
-        slot.path: SealedLeaf(digest.text, digest.num_nonfinite, *_on_disk(slot))
-        for slot, digest in zip(slots, found, strict=True)
-    }
+    return {slot.path: SealedLeaf(*digest, *_on_disk(slot)) for slot, digest in zip(slots, found, strict=True)}
 
 
 def check_finite(step: int, leaves: Mapping[str, SealedLeaf]) -> None:

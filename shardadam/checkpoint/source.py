@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from shardadam.checkpoint.match import CheckpointError
-from shardadam.checkpoint.steps import Steps
+from shardadam.checkpoint.steps import Steps, existing
 from shardadam.checkpoint.stream import Leaf, item_tree
 
 _TREE_FILE = "_METADATA"  # What Orbax writes beside every tree.
@@ -40,9 +40,7 @@ def find(path: epath.Path, step: int | None = None) -> Source:
       FileNotFoundError: there is no such directory, or no such step in it.
       CheckpointError: no tree of Orbax's is there.
     """
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
-    own = _number(path.name)
+    own = _number(existing(path).name)
     if step is not None and own == step and _is_step(path):
         step = None
     if step is None and (path / _TREE_FILE).exists():

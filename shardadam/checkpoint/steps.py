@@ -260,6 +260,17 @@ def sync_directory(path: epath.Path) -> None:
             os.close(directory)
 
 
+def existing(path: epath.Path) -> epath.Path:
+    """The path, of a directory that is there.
+
+    Raises:
+      FileNotFoundError: it is not.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such directory")
+    return path
+
+
 def is_local(path: epath.Path) -> bool:
     """Whether a path is a file system's, and not an object store's."""
     return "://" not in os.fspath(path)

@@ -78,7 +78,9 @@ def item_tree(item: epath.Path) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, _metadata(item), is_leaf=_is_saved)
 
 
-def read(leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES) -> Iterator[jax.Array | np.ndarray]:
+def read(
+    leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES, *, on_host: bool = False
+) -> Iterator[jax.Array | np.ndarray]:
     """The arrays of leaves, in their order, each split over all devices as far as its dims divide.
 
     A `HostLeaf`'s is on the host.
@@ -86,8 +88,9 @@ def read(leaves: Sequence[Leaf], chunk_bytes: int = CHUNK_BYTES) -> Iterator[jax
     Args:
       leaves: of one or several items.
       chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
+      on_host: all of them are; then one process of several can read alone.
     """
-    mesh = Mesh(np.array(jax.devices()), ("all",))
+    mesh = None if on_host else Mesh(np.array(jax.devices()), ("all",))
     for chunk in _chunks(leaves, chunk_bytes):
         arrays = _load(chunk, mesh)
         arrays.reverse()
@@ -150,15 +153,15 @@ class _LeafHandler(ocp.type_handlers.TypeHandler):
         return await self._arrays.deserialize(infos, args)
 
 
-def _load(chunk: Sequence[Leaf], mesh: Mesh) -> list[jax.Array | np.ndarray]:
-    """The arrays of leaves of one item."""
+def _load(chunk: Sequence[Leaf], mesh: Mesh | None) -> list[jax.Array | np.ndarray]:
+    """The arrays of leaves of one item; on the host where there is no mesh."""
     item, wanted = chunk[0].item, {leaf.names: leaf for leaf in chunk}
 
     def target(keypath: tuple[Any, ...], _: Any) -> Any:
         leaf = wanted.get(ocp.tree.str_keypath(keypath))
         if leaf is None:
             return ocp.PLACEHOLDER
-        if isinstance(leaf, HostLeaf):
+        if mesh is None or isinstance(leaf, HostLeaf):
             return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
         # Not uint32, which may be the data of PRNG keys: their last dim must stay whole.
         split = NamedSharding(mesh, P()) if leaf.dtype == np.uint32 else split_sharding(leaf.shape, mesh)

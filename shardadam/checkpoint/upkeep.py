@@ -9,7 +9,7 @@ from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.steps import Steps, delete_old, to_delete
+from shardadam.checkpoint.steps import Steps, delete_old, existing, to_delete
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
 
 
@@ -67,9 +67,7 @@ def prune(
       ValueError: `keep` is less than 2, or `keep_period` less than 1.
       OSError: a step cannot be deleted.
     """
-    root = as_path(directory)
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such directory")
+    root = existing(as_path(directory))
     with Checkpointer(root, max_to_keep=keep, keep_period=keep_period) as checkpointer:
         steps = Steps(root)
         if dry_run:
@@ -108,12 +106,10 @@ def _faults(steps: Steps, step: int, with_digests: bool) -> list[str]:
 def _chosen(path: epath.Path, every: bool) -> tuple[Steps, list[int]]:
     if path.name.isdecimal() and not every:
         steps, step = Steps(path.parent), int(path.name)
-        if not path.is_dir() and step not in steps.seals():
-            raise FileNotFoundError(f"{path}: no such directory")
+        if step not in steps.seals():
+            existing(path)
         return steps, [step]
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
-    steps = Steps(path)
+    steps = Steps(existing(path))
     there = sorted({*steps.seals(), *steps.unsealed()})
     if not there:
         raise FileNotFoundError(f"no checkpoint in {path}: no step has been saved there")

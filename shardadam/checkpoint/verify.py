@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
@@ -16,7 +15,7 @@ from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.sealing import hash_together, list_files
 from shardadam.checkpoint.steps import Steps
-from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, item_tree
+from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, item_tree, read
 from shardadam.checkpoint.together import on_process_zero
 
 
@@ -132,32 +131,9 @@ def stored_leaves(step_directory: epath.Path, *, chunk_bytes: int = CHUNK_BYTES)
       step_directory: of the step.
       chunk_bytes: so many bytes of leaves are in memory at once, or one leaf that is larger.
     """
-    item = step_directory / reading.STATE
-    leaves = [x for x in jax.tree.leaves(item_tree(item)) if isinstance(x, Leaf)]
-    chunk: list[Leaf] = []
-    for i, leaf in enumerate(leaves):
-        chunk.append(leaf)
-        following = leaves[i + 1].nbytes if i + 1 < len(leaves) else chunk_bytes
-        if sum(x.nbytes for x in chunk) + following > chunk_bytes:
-            yield from _loaded(item, chunk)
-            chunk = []
-    yield from _loaded(item, chunk)
-
-
-def _loaded(item: epath.Path, chunk: Sequence[Leaf]) -> Iterator[tuple[Leaf, np.ndarray]]:
-    if not chunk:
-        return
-    wanted = {leaf.names for leaf in chunk}
-
-    def target(keypath: tuple[Any, ...], saved: Leaf) -> Any:
-        return 0 if saved.names in wanted else ocp.PLACEHOLDER
-
-    targets = jax.tree_util.tree_map_with_path(target, item_tree(item))
-    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), targets)
-    args = ocp.args.PyTreeRestore(targets, restore_args=as_numpy)
-    found = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(item, args=args))
-    for leaf in chunk:
-        yield leaf, np.asarray(found.pop(leaf.names))
+    leaves = [x for x in jax.tree.leaves(item_tree(step_directory / reading.STATE)) if isinstance(x, Leaf)]
+    for leaf, x in zip(leaves, read(leaves, chunk_bytes, on_host=True), strict=True):
+        yield leaf, np.asarray(x)
 
 
 def _as_sealed(slot: Slot, sealed: SealedLeaf) -> Slot:
