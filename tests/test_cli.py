@@ -163,7 +163,7 @@ def test_help_waits_for_no_heavy_import():
     code = (
         "import sys, contextlib, io\n"
         "from shardadam.cli import main\n"
-        "for argv in (['--help'], ['train', '--help']):\n"
+        "for argv in (['--help'], ['train', '--help'], ['checkpoint', '--help'], ['checkpoint', 'import', '--help']):\n"
         "    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()): main(argv)\n"
         "print([m for m in ('jax', 'flax', 'orbax', 'optax', 'numpy', 'pydantic') if m in sys.modules])\n"
     )

@@ -18,7 +18,7 @@ from shardadam.checkpoint.digest import host_digest
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests" / "integration"))
 
-import any_mesh_program as program  # noqa: E402
+import any_mesh_program as program  # noqa: E402 - its folder has only now been put on the path
 
 
 def launch(what, directory, *, processes, devices, **environment):
