@@ -51,6 +51,7 @@ def import_checkpoint(
     opt_state: str | None = None,
     optimizer: str = "adam",
     drop: Sequence[str] = (),
+    allow_nonfinite: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
 ) -> Converted:
     """Makes a checkpoint of optax's Adam state into one that `Checkpointer(directory).restore` takes, on any mesh.
@@ -68,14 +69,15 @@ def import_checkpoint(
       optimizer: what an nnx optimizer was made of: adam, adamw, nadam or nadamw. Where its learning rate is a number,
         nnx does not save how many states follow Adam's.
       drop: keypaths to leave out.
+      allow_nonfinite: import it though it has NaN or infinities in it.
       chunk_bytes: how much is in memory at once, or one leaf that is larger.
 
     Returns:
       What was found and written.
 
     Raises:
-      CheckpointError: the form is not known (its tree is shown), or has no place for what was found; a step that has a
-        seal is damaged; another run writes in `directory`.
+      CheckpointError: the form is not known (its tree is shown), or has no place for what was found; a leaf is not
+        finite; a step that has a seal is damaged; another run writes in `directory`.
       FileNotFoundError: there is nothing at `source`.
 
     Example:
@@ -86,7 +88,8 @@ def import_checkpoint(
     tree, form = _nested(without(found.tree, drop), parts, to, given=params is not None or opt_state is not None)
     at = found.step if found.step is not None else _step_of(parts)
     target = as_path(directory)
-    save_imported(target, at, tree, functools.partial(read, chunk_bytes=chunk_bytes))
+    reader = functools.partial(read, chunk_bytes=chunk_bytes)
+    save_imported(target, at, tree, reader, allow_nonfinite=allow_nonfinite)
     return _converted(found, parts, form, target / str(at), at, tree)
 
 

@@ -46,6 +46,8 @@ class Import(_Conversion):
     """The keypath of the parameters, where the form is not known."""
     opt_state: str | None = None
     """The keypath of optax's state, where the form is not known."""
+    allow_nonfinite: bool = False
+    """Imports a state though it has NaN or infinities in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

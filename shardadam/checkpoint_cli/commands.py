@@ -11,7 +11,10 @@ def _import(args: arguments.Import) -> int:
     from shardadam.checkpoint import import_checkpoint
 
     options = {"params": args.params, "opt_state": args.opt_state, "optimizer": args.optimizer, "drop": args.drop}
-    return _written(args, import_checkpoint(args.source, args.directory, step=args.step, to=args.to, **options))
+    allow = {"allow_nonfinite": args.allow_nonfinite}
+    return _written(
+        args, import_checkpoint(args.source, args.directory, step=args.step, to=args.to, **options, **allow)
+    )
 
 
 def _export(args: arguments.Export) -> int:

@@ -103,6 +103,32 @@ def test_import_and_export_leave_every_digest_as_it_was(run):
     assert run("diff plain TMP/back") == "11 leaves are equal, 0 are not\n"
 
 
+@pytest.mark.parametrize(("where", "count"), [("opt_state/0/nu/kernel", 2), ("decay", 1)])
+def test_what_is_not_finite_is_imported_only_if_that_is_said(run, runs, tmp_path, where, count):
+    """An array, and a Python number: what was imported before stays the newest, and nothing of the bad one is left."""
+    adam, rest = runs[1]["opt_state"]
+    tree = {"step": 4, "params": runs[1]["params"], "opt_state": (adam, rest), "decay": 0.5}
+    if where == "decay":
+        tree["decay"] = float("inf")
+    else:
+        nu = np.asarray(adam.nu["kernel"]).copy()
+        nu[1, 2], nu[3, 4] = np.inf, np.nan
+        tree["opt_state"] = (adam._replace(nu=adam.nu | {"kernel": nu}), rest)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "bad", tree)
+    run("import plain TMP/ours")
+    message = run("import TMP/bad TMP/ours", code=2)
+    assert re.search(
+        f"step 4: not imported: `{where}`: {count} elements are NaN or infinite.*--allow-nonfinite", message
+    )
+    assert sorted(path.name for path in (tmp_path / "ours").iterdir()) == ["3", "seals"]
+
+    run("import TMP/bad TMP/ours --allow-nonfinite")
+    bad = {row["leaf"]: row["num_nonfinite"] for row in run("show TMP/ours/4 --digests --json")["leaves"]}
+    assert {leaf: found for leaf, found in bad.items() if found} == {where: count}
+    run("verify TMP/ours --all --digests")
+
+
 def test_parameters_alone_for_serving(run, runs):
     run("export plain TMP/serving --to params --dtype bfloat16")
     rows = {row["leaf"]: row for row in run("show TMP/serving --digests --json")["leaves"]}
