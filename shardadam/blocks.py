@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
-from shardadam.communication import Collective, all_gather, layer_by_layer, reduce_scatter
+from shardadam.communication import Collective, all_gather, reduce_scatter
 from shardadam.layout import LeafPlan, canonical_spec, entries, pack, shard_shape, unpack
+from shardadam.pieces import cuts_of, in_pieces
 from shardadam.sharding import constrain, only_axes
 
 
@@ -50,14 +51,14 @@ def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
         return jax.lax.psum(g, region.manual)
     num_stacked = g.ndim - _layer_ndim(leaf)  # Within a scan, a layer has none.
 
-    def layers(part: jax.Array, stacked: int) -> jax.Array:
-        x = pack(part, leaf.num_shards, stacked) if leaf.layout == "packed" else part
+    def block(piece: jax.Array, stacked: int) -> jax.Array:
+        x = pack(piece, leaf.num_shards, stacked) if leaf.layout == "packed" else piece
         dim = split_dim(leaf, stacked)
-        x = reduce_scatter(x, leaf.shard_axes, dim=dim, summed=region.manual, collective=region.collective)
-        return jnp.expand_dims(x, (stacked, stacked + 1))
+        return reduce_scatter(x, leaf.shard_axes, dim=dim, summed=region.manual, collective=region.collective)
 
     def own_block(part: jax.Array) -> jax.Array:
-        return layer_by_layer(layers, part, num_stacked, math.prod(part.shape[num_stacked:]))
+        x = in_pieces(block, part, leaf_cuts(part.shape, leaf, num_stacked), num_stacked)
+        return jnp.expand_dims(x, (num_stacked, num_stacked + 1))
 
     return _on_parts(own_block, leaf, region, num_stacked, to_block=True)(g)
 
@@ -74,15 +75,46 @@ def gather_leaf(block: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Arra
         return block
     num_stacked = block.ndim - 2 - (2 if leaf.layout == "packed" else _layer_ndim(leaf))
 
+    own = shard_shape(leaf.shape, leaf.param_spec, region.mesh.shape)
+    shape = (*block.shape[:num_stacked], *own[leaf.stacked_dims :])
+
     def own_part(x: jax.Array) -> jax.Array:
         x = jnp.squeeze(x, (num_stacked, num_stacked + 1))
-        x = all_gather(x, leaf.shard_axes, dim=split_dim(leaf, num_stacked), collective=region.collective)
-        if leaf.layout != "packed":
-            return x
-        own = shard_shape(leaf.shape, leaf.param_spec, region.mesh.shape)
-        return unpack(x, (*x.shape[:num_stacked], *own[leaf.stacked_dims :]), num_stacked)
+        return gather_block(x, leaf, shape, region.collective)
 
     return _on_parts(own_part, leaf, region, num_stacked, to_block=False)(block)
+
+
+def gather_block(
+    x: jax.Array, leaf: LeafPlan, shape: tuple[int, ...], collective: Collective, into: jax.Array | None = None
+) -> jax.Array:
+    """One device's part of a leaf, or of one layer of it, from the blocks of all: where all axes are manual.
+
+    Args:
+      x: the block, without the dims for the shard and the part.
+      leaf: the leaf's plan.
+      shape: of the part.
+      collective: see `all_gather`.
+      into: an array of that shape that is no longer needed, see `in_pieces`.
+    """
+    num_stacked = len(shape) - _layer_ndim(leaf)
+
+    def gathered(piece: jax.Array, stacked: int) -> jax.Array:
+        whole = all_gather(piece, leaf.shard_axes, dim=split_dim(leaf, stacked), collective=collective)
+        return unpack(whole, shape[num_stacked - stacked :], stacked) if leaf.layout == "packed" else whole
+
+    return in_pieces(gathered, x, leaf_cuts(shape, leaf, num_stacked), num_stacked, into=into)
+
+
+def leaf_cuts(shape: tuple[int, ...], leaf: LeafPlan, num_stacked: int) -> dict[int, int]:
+    """How one device's part of a leaf is cut to pieces that are scattered or gathered one after the other.
+
+    The dim that is dealt out stays as it is. Of a packed leaf that is all of a layer, which is folded as a whole.
+    """
+    packed = leaf.layout == "packed"
+    return cuts_of(
+        shape, num_stacked, () if packed else set(range(num_stacked, len(shape))) - {split_dim(leaf, num_stacked)}
+    )
 
 
 def block_spec(leaf: LeafPlan) -> P:

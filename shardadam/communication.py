@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 Collective = Literal["joint", "per_axis"]
-LARGE_LAYER = 2**20  # Elements: below it, a collective for each layer costs more in latency than it saves in memory.
 
 # By platform, what is best where the shards are dealt out over more than one mesh axis. A joint reduce-scatter over
 # several torus axes of a TPU compiles to a full all-reduce, one axis at a time does not; everywhere else one collective
@@ -31,28 +30,6 @@ def resolve_collective(
     if not isinstance(mesh, Mesh) or sum(mesh.shape[axis] > 1 for axis in axes) < 2:
         return "joint"
     return _BEST.get(mesh.devices.flat[0].platform, "joint")
-
-
-def goes_by_layer(num_stacked: int, size: int) -> bool:
-    """Whether `layer_by_layer` takes a stack of layers of so many elements apart."""
-    return num_stacked > 0 and size >= LARGE_LAYER
-
-
-def layer_by_layer(f: Callable[[jax.Array, int], jax.Array], x: jax.Array, num_stacked: int, size: int) -> jax.Array:
-    """`f` over a stack of layers, one after the other where they are large.
-
-    What a collective over the whole stack needs beside its result (a copy for each axis, another order of the dims) is
-    then of one layer: on a v5p-256, 2.3 GiB in place of 19.4 for a model of 8B parameters (docs/topologies.md).
-
-    Args:
-      f: of an array and how many stacked dims it leads with; to an array with the same stacked dims.
-      x: the stack.
-      num_stacked: its stacked dims.
-      size: elements of a layer, whole.
-    """
-    if not goes_by_layer(num_stacked, size):
-        return f(x, num_stacked)
-    return jax.lax.map(lambda layer: layer_by_layer(f, layer, num_stacked - 1, size), x)
 
 
 def reduce_scatter(

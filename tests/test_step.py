@@ -104,7 +104,7 @@ def test_the_collectives_of_a_step():
 
 @pytest.mark.parametrize(("name", "layout"), [("tensor", "natural"), ("two axes", "packed"), ("data", "natural")])
 def test_large_layers_are_gathered_one_after_the_other(name, layout, monkeypatch):
-    monkeypatch.setattr("shardadam.communication.LARGE_LAYER", 256)
+    monkeypatch.setattr("shardadam.pieces.LARGE_LAYER", 256)
     wanted, _, _ = one_device(optax.adam(1e-2))
     options = {"accumulate": "local"} if name == "data" else {}
     state, _, step = train(name, layout, **options)
