@@ -3,7 +3,8 @@
 import os
 from collections.abc import Mapping
 
-RESTARTS = "SHARDADAM_RESTARTS"  # set by the launcher: how often this process's group has been started anew
+# Set by the launcher: its own number, and how often this process's group has been started anew.
+LAUNCHER, RESTARTS = "SHARDADAM_LAUNCHER", "SHARDADAM_RESTARTS"
 COUNT_FLAG = "--xla_force_host_platform_device_count"
 _POOL_FLAG = "--xla_cpu_multi_thread_eigen"
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from shardadam.environment import COUNT_FLAG, RESTARTS, simulated_devices
+from shardadam.environment import COUNT_FLAG, LAUNCHER, RESTARTS, simulated_devices
 from shardadam.process_group import Failure, ProcessGroup, Signals
 
 _USAGE_ERROR = 2
@@ -124,7 +124,7 @@ def _run(
     command: Sequence[str], num_processes: int, restarts: int, config: LaunchConfig, signals: Signals
 ) -> Failure | None:
     with _reserved_port() as port:
-        base = os.environ | {RESTARTS: str(restarts)}
+        base = os.environ | {LAUNCHER: str(os.getpid()), RESTARTS: str(restarts)}
         environments = [
             process_environment(base, index, num_processes, config.devices_per_process, port)
             for index in range(num_processes)

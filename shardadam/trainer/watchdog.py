@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-from shardadam.environment import RESTARTS
+from shardadam.environment import LAUNCHER
 
 EXIT_STUCK = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed when it is run again
 EXIT_ORPHANED = 76
@@ -37,7 +37,8 @@ class Watchdog:
         self._lock = threading.Lock()
         self._what, self._allowed, self._due = "", 0.0, float("inf")
         self._end = threading.Event()
-        self._parent = os.getppid() if RESTARTS in os.environ else None
+        self._launcher = int(os.environ.get(LAUNCHER) or 0)  # 0: none
+        self._parent = os.getppid()  # the launcher, or what it has started this process by
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def begin(self, what: str, *, times: int = 1) -> None:
@@ -52,6 +53,7 @@ class Watchdog:
             faulthandler.cancel_dump_traceback_later()
 
     def __enter__(self) -> Self:
+        self._check_launcher()  # it may have gone while this process was starting
         self._thread.start()
         return self
 
@@ -66,10 +68,23 @@ class Watchdog:
                 overdue = time.monotonic() > self._due
             if overdue:
                 self._exit(EXIT_STUCK, f"'{self._what}' has taken more than {self._allowed:g} s, its deadline")
-            if self._parent is not None and os.getppid() != self._parent:
-                self._exit(EXIT_ORPHANED, f"the launcher, process {self._parent}, is gone")
+            self._check_launcher()
+
+    def _check_launcher(self) -> None:
+        if self._launcher and (os.getppid() != self._parent or not _exists(self._launcher)):
+            self._exit(EXIT_ORPHANED, f"the launcher, process {self._launcher}, is gone")
 
     def _exit(self, code: int, why: str) -> None:
         os.write(_STDERR, f"watchdog: {why}; ending process {os.getpid()}, exit code {code}\n".encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)
         os._exit(code)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # no signal, only the check
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -1,8 +1,9 @@
 """`shardadam` with faults in it: a program for `shardadam launch`, which its tests and `scripts/torture` run.
 
 FAULTS in the environment is a JSON list of what goes wrong, one thing after the other, however often the group is
-started anew meanwhile: in the process `process`, at the `nth` time since its start that it begins `what` (compile,
-step, save, restore, delete), `delay` seconds later. FAULTS_DONE holds a line for each that has really happened.
+started anew meanwhile: in the process `process` (of fewer: the rest of the division), as soon as it has begun `what`
+(start, compile, step, save, restore, delete) `nth` times since its start, `delay` seconds later. FAULTS_DONE holds a
+line for each that has really happened.
 """
 
 import ctypes
@@ -19,17 +20,19 @@ from shardadam.cli import main
 from shardadam.trainer import loop, watchdog
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
+TO_LAUNCHER = {"launcher": signal.SIGKILL, "term to launcher": signal.SIGTERM}
 
 
 class Faulty(watchdog.Watchdog):
-    """Brings about the first fault that has not happened yet."""
+    """Brings about the first fault that has not happened yet, and then the next."""
 
     def __init__(self, seconds):
         super().__init__(seconds)
         self.done = Path(os.environ["FAULTS_DONE"])
-        num_done = len(self.done.read_text().splitlines()) if self.done.exists() else 0
-        self.faults = json.loads(os.environ["FAULTS"])[num_done : num_done + 1]
+        self.faults = json.loads(os.environ["FAULTS"])
+        self.here = int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
         self.begun = Counter()
+        self.armed = -1  # the last that this process brings about
         self.timers = []
         delete = steps.Steps._empty
         steps.Steps._empty = lambda *args: (self.may_go_wrong("delete"), delete(*args))
@@ -40,15 +43,18 @@ class Faulty(watchdog.Watchdog):
 
     def may_go_wrong(self, what):
         self.begun[what] += 1
-        for fault in self.faults:
-            here = fault["process"] == int(os.environ["JAX_PROCESS_ID"])
-            if not here or (fault["what"], fault["nth"]) != (what, self.begun[what]):
-                continue
-            if not fault.get("delay"):
-                self.go_wrong(fault)
-            else:
-                self.timers.append(threading.Timer(fault["delay"], self.go_wrong, [fault]))
-                self.timers[-1].start()
+        number = len(self.done.read_text().splitlines()) if self.done.exists() else 0
+        if number == len(self.faults) or number == self.armed:
+            return
+        fault, (process, num_processes) = self.faults[number], self.here
+        if fault["process"] % num_processes != process or fault["what"] != what or self.begun[what] < fault["nth"]:
+            return
+        self.armed = number
+        if not fault.get("delay"):
+            self.go_wrong(fault)
+        else:
+            self.timers.append(threading.Timer(fault["delay"], self.go_wrong, [fault]))
+            self.timers[-1].start()
 
     def go_wrong(self, fault):
         with self.done.open("a") as done:
@@ -57,8 +63,8 @@ class Faulty(watchdog.Watchdog):
         how = fault["how"]
         if how in SIGNALS:
             os.kill(os.getpid(), SIGNALS[how])
-        elif how == "launcher":
-            os.kill(os.getppid(), signal.SIGKILL)
+        elif how in TO_LAUNCHER:
+            os.kill(os.getppid(), TO_LAUNCHER[how])
         elif how == "spin":  # stuck in Python
             while True:
                 pass

@@ -21,7 +21,7 @@ ROOT = HERE.parents[1]
 DEADLINES = {"compile": 120, "step": 6, "save": 30, "restore": 30, "heartbeat": 10}
 
 
-def launched(config, cache, *options, processes=2, devices=8, faults=(), program="preloaded"):
+def launched(config, cache, *options, processes=2, devices=8, faults=(), program="preloaded", timeout=600):
     """Trains `config` in several processes; returns the finished launcher.
 
     Args:
@@ -32,6 +32,7 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), program
       devices: how many they have in all.
       faults: see faulty.py.
       program: "preloaded" for processes that start fast, "faulty" for such as everybody has.
+      timeout: seconds after which it is a hang, and an error.
     """
     path = Path(config["runs_dir"]) / f"{config['name']}.yaml"
     path.parent.mkdir(exist_ok=True, parents=True)
@@ -49,7 +50,7 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), program
         "--devices-per-process", str(devices // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
         sys.executable, str(HERE / "faulty.py"), "train", str(path),
     ]  # fmt: skip
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     happened = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     assert happened == list(faults), f"of {faults} have happened {happened}:\n{ran.stderr}"
     return ran

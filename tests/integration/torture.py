@@ -1,96 +1,173 @@
 """What `scripts/torture` runs: training that is disturbed at random moments, again and again, and its end compared."""
 
 import argparse
+import datetime
+import json
+import os
+import platform
 import random
 import shutil
+import subprocess
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import conftest  # sets up eight devices, before JAX starts
-import jax
-from launched import DEADLINES, assert_close, final_state, launched
+import numpy as np
+from fault_deck import Dealer
+from launched import assert_close, final_state, launched
 from tiny import tiny_raw
 from trees import assert_same_bits
 
+from shardadam.checkpoint import sealing
+from shardadam.trainer.config import parse_config
+from shardadam.trainer.metrics import read_metrics
+from shardadam.trainer.run_dir import run_directory
+
 STEPS, SAVE_EVERY = 16, 3
-STUCK = ("kill", "kill", "stop", "spin", "hold", "error")
-LAST = ("term", "launcher")  # after which the launcher starts nothing
-MAX_LAUNCHES = 4  # of one run: it is launched again after one of the last
+# Many times what each takes where nothing else runs, and programs are compiled already; and not so long that a run that
+# is stuck at any of them takes most of the time.
+DEADLINES = {"start": 40, "compile": 40, "step": 10, "save": 20, "restore": 20, "heartbeat": 10}
+DEVICES = {2: 4, 3: 3, 4: 4}  # by processes: two with two each, three and four with one each
+MAX_LAUNCHES = 4  # of one run: it is launched again after one of the last faults
+FOR_A_START = 90  # seconds until the group has restored and compiled, or has ended; generous: what is longer is a hang
 
 
-def random_fault(rng, processes, *, first, last):
-    """One that is sure to come about: every start restores, compiles, takes a step or evaluates, and saves."""
-    what = rng.choice(("compile", "step", "step", "save", "save", "restore", *(["delete"] if first else [])))
-    nth = rng.randint(1, 10 if what == "step" else 3) if first and what in ("step", "save") else 1
-    how = rng.choice(LAST if last else STUCK)
-    if what == "delete":  # in a thread of process 0, whose stacking up stops nothing
-        return {"process": 0, "what": what, "nth": 1, "how": "kill", "delay": 0}
-    # Only signals come from outside, whatever the process does meanwhile.
-    delay = rng.choice((0, rng.uniform(0, 0.1), rng.uniform(0, 1))) if how in ("kill", "stop", *LAST) else 0
-    return {"process": rng.randrange(processes), "what": what, "nth": nth, "how": how, "delay": delay}
+class Torture:
+    """Disturbs runs that go on from one checkpoint, and compares how they end."""
+
+    def __init__(self, directory, rng):
+        self.directory, self.rng, self.dealer = directory, rng, Dealer(rng)
+        self.cache, self.begun, self.undisturbed = directory / "compiled", directory / "begun", {}
+        self.faults, self.restarts = Counter(), Counter()
+        self.base = tiny_raw(
+            directory / "disturbed",
+            steps=STEPS,
+            save_every=SAVE_EVERY,
+            log_every=2,
+            batch_size=12,
+            mesh="data=-1",  # of as many devices as there are when fewer processes go on
+        )
+        # So that there is something to restore at once.
+        config = self.base | {"runs_dir": str(self.begun), "steps": SAVE_EVERY}
+        assert self._launch(config, 2).returncode == 0
+
+    def ended(self, processes):
+        """How a run ends that nothing disturbs; one for each number of processes, whose sums have their own order."""
+        if processes not in self.undisturbed:
+            config = self._config("undisturbed", processes)
+            assert self._launch(config, processes).returncode == 0
+            self.undisturbed[processes] = self._end(config)
+        return self.undisturbed[processes]
+
+    def run(self, processes, *, fewer):
+        """Disturbs one run and compares; returns what has happened."""
+        config = self._config("disturbed", processes) | {"deadlines": DEADLINES}
+        faults = self._disturb(config, processes, *(("--min-processes", "1") if fewer else ()))
+        (state, losses), (wanted, wanted_losses) = self._end(config), self.ended(processes)
+        (assert_close if fewer else assert_same_bits)(state, wanted)
+        np.testing.assert_allclose(losses, wanted_losses, rtol=1e-3 if fewer else 0)
+        return faults
+
+    def _disturb(self, config, processes, *options):
+        """Runs a config to its end, whatever it takes."""
+        happened = []
+        for number in range(MAX_LAUNCHES):
+            faults = self.dealer.draw(processes, first=number == 0) if number < MAX_LAUNCHES - 1 else []
+            ran = self._launch(config, processes, "--max-restarts", "12", *options, faults=faults)
+            happened += faults
+            self._count(faults, ran.stderr)
+            killed = any(fault["how"] == "launcher" for fault in faults)
+            if ran.returncode != (-9 if killed else 0):
+                raise AssertionError(f"the launcher ended with {ran.returncode}:\n{ran.stderr}")
+            if "done: step" in ran.stdout:
+                return happened
+            if not killed:
+                step = int(ran.stdout.split("stopped at step ")[1].split(",")[0])
+                assert final_state(config)[0] == step, f"stopped at step {step}, but saved another:\n{ran.stderr}"
+        raise AssertionError(f"not done after {MAX_LAUNCHES} launches:\n{ran.stderr}")
+
+    def _launch(self, config, processes, *options, faults=()):
+        slow = sum(DEADLINES[f["what"]] for f in faults if f["how"] in ("stop", "spin", "hold"))
+        return launched(
+            config,
+            self.cache,
+            *options,
+            processes=processes,
+            devices=DEVICES[processes],
+            faults=faults,
+            program="faulty",
+            timeout=FOR_A_START * (1 + len(faults)) + slow,
+        )  # fmt: skip; it asserts that all of the faults have happened
+
+    def _count(self, faults, stderr):
+        """Counts the faults, and each restart to the fault before it: no restart is without one."""
+        self.faults.update((fault["how"], fault["what"]) for fault in faults)
+        fault = None
+        for line in stderr.splitlines():
+            if "] fault: {" in line:
+                fault = json.loads(line.split("fault: ", 1)[1])
+            elif line.startswith("shardadam launch: restart "):
+                assert fault is not None, f"{line!r} without a fault before it:\n{stderr}"
+                self.restarts[fault["how"], fault["what"]] += 1
+                fault = None
+
+    def _config(self, name, processes):
+        directory = self.directory / name / str(processes)
+        shutil.rmtree(directory, ignore_errors=True)
+        shutil.copytree(self.begun, directory)
+        return self.base | {"runs_dir": str(directory)}
+
+    def _end(self, config):
+        step, state = final_state(config)
+        assert step == STEPS
+        return state, [r["loss"] for r in read_metrics(run_directory(parse_config(config))) if "loss" in r]
+
+    def table(self):
+        """Rows of Markdown: how often what went wrong, when, and how often the group was started anew for it."""
+        yield "| fault | while | times | restarts |\n|---|---|---|---|"
+        for how, what in sorted(self.faults):
+            yield f"| {how} | {what} | {self.faults[how, what]} | {self.restarts[how, what]} |"
 
 
-def random_faults(rng, processes, *, first):
-    """One to three, one after the other."""
-    num, ends = rng.randint(1, 3), rng.random() < 0.4
-    return [random_fault(rng, processes, first=first and i == 0, last=ends and i == num - 1) for i in range(num)]
-
-
-def disturb(config, cache, rng, processes, *options):
-    """Runs a config to its end, whatever it takes; returns how often what went wrong where."""
-    seen = Counter()
-    for number in range(MAX_LAUNCHES):
-        faults = random_faults(rng, processes, first=number == 0) if number < MAX_LAUNCHES - 1 else []
-        ran = launched(
-            config, cache, "--max-restarts", "12", *options, processes=processes, faults=faults, program="faulty"
-        )  # which asserts that all of them have happened
-        seen.update(f"{fault['how']} in {fault['what']}" for fault in faults)
-        killed = any(fault["how"] == "launcher" for fault in faults)
-        if ran.returncode != (-9 if killed else 0):
-            raise AssertionError(f"the launcher ended with {ran.returncode}:\n{ran.stderr}")
-        if "done: step" in ran.stdout:
-            return seen
-        assert killed or "stopped at step" in ran.stdout, ran.stdout + ran.stderr
-    raise AssertionError(f"not done after {MAX_LAUNCHES} launches:\n{ran.stderr}")
+def environment():
+    """Hardware, versions and date in one line."""
+    versions = ", ".join(f"{name} {version}" for name, version in sealing.versions().items())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.processor())
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"{today}, commit {commit.stdout.strip()}; {os.cpu_count()} cores of {cpu}; {versions}"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=int(time.time()))
-    parser.add_argument("--processes", type=int, default=2, choices=(2, 4))
     args = parser.parse_args()
-    rng, seen, runs, end = random.Random(args.seed), Counter(), 0, time.monotonic() + 60 * args.minutes
-    print(f"jax {jax.__version__}, {len(jax.devices())} devices, {args.processes} processes, seed {args.seed}")
+    rng, runs, began = random.Random(args.seed), Counter(), time.monotonic()
+    print(f"{environment()}\nseed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="shardadam-torture-") as directory:
-        cache = Path(directory, "compiled")
-        base = tiny_raw(
-            Path(directory, "whole"),
-            steps=SAVE_EVERY,
-            save_every=SAVE_EVERY,
-            log_every=2,
-            deadlines=DEADLINES,
-            mesh="data=-1",  # of as many devices as there are when fewer processes go on
-        )
-        assert launched(base, cache, processes=args.processes, program="faulty").returncode == 0
-        shutil.copytree(base["runs_dir"], Path(directory, "begun"))  # so that there is something to restore at once
-        base["steps"] = STEPS
-        assert launched(base, cache, processes=args.processes, program="faulty").returncode == 0
-        _, wanted = final_state(base)
-        while time.monotonic() < end:
-            config = base | {"runs_dir": str(Path(directory, "disturbed"))}
-            shutil.copytree(Path(directory, "begun"), config["runs_dir"])
-            fewer = rng.random() < 0.2
-            happened = disturb(config, cache, rng, args.processes, *(("--min-processes", "1") if fewer else ()))
-            step, state = final_state(config)
-            assert step == STEPS
-            (assert_close if fewer else assert_same_bits)(state, wanted)
-            runs, seen = runs + 1, seen + happened
-            print(f"run {runs}: {'close' if fewer else 'same bits'} after {dict(happened)}", flush=True)
-            shutil.rmtree(config["runs_dir"])
-    print(f"{runs} runs, {sum(seen.values())} faults, all ended as the undisturbed one: {dict(seen.most_common())}")
+        torture = Torture(Path(directory), rng)
+        while time.monotonic() - began < 60 * args.minutes:
+            processes, fewer = rng.choice((2, 2, 3, 4)), rng.random() < 0.2
+            faults = torture.run(processes, fewer=fewer)
+            runs["close" if fewer else "same bits"] += 1
+            told = ", ".join(f"{fault['how']} in {fault['what']}" for fault in faults)
+            print(
+                f"run {runs.total()}, {processes} processes: {'close' if fewer else 'same bits'} after {told}",
+                flush=True,
+            )
+    print(*torture.table(), sep="\n")
+    took = (time.monotonic() - began) / 60
+    print(
+        f"{runs.total()} runs, {torture.faults.total()} faults, {torture.restarts.total()} restarts, {took:.1f} minutes"
+    )
+    print(
+        f"ended in the bits of the undisturbed run: {runs['same bits']}; with --min-processes 1, close: {runs['close']}"
+    )
 
 
 if __name__ == "__main__":

@@ -26,6 +26,12 @@ STUCK = {
 }
 
 
+LAUNCHER = """
+import os, subprocess, sys
+subprocess.run([sys.executable, '-c', {child!r}], env=os.environ | {{'SHARDADAM_LAUNCHER': str(os.getpid())}})
+"""
+
+
 def run(body, stuck="pass", **options):
     return subprocess.run(
         [sys.executable, "-c", f"{OPENING}    {stuck}\n{body}"], capture_output=True, text=True, timeout=60, **options
@@ -63,13 +69,19 @@ def test_what_has_no_deadline_cannot_begin():
 def test_a_process_whose_launcher_is_gone_ends(tmp_path):
     ready = tmp_path / "ready"
     child = f"{OPENING}    pass\nwatchdog = begin(step=0); open({str(ready)!r}, 'w').close(); time.sleep(60)"
-    parent = subprocess.Popen(
-        [sys.executable, "-c", f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"],
-        env=os.environ | {"SHARDADAM_RESTARTS": "0"}, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    parent = subprocess.Popen([sys.executable, "-c", LAUNCHER.format(child=child)], stderr=subprocess.PIPE, text=True)
     while not ready.exists():
         time.sleep(0.05)
     parent.send_signal(signal.SIGKILL)
     _, err = parent.communicate(timeout=20)  # ends when the child, too, has closed the pipe
     assert f"the launcher, process {parent.pid}, is gone" in err
     assert f"exit code {EXIT_ORPHANED}" in err
+
+
+def test_a_process_whose_launcher_was_gone_before_it_had_a_watchdog_ends():
+    """As when it is killed while the processes import JAX or join: one of them would go on, and hold the run's lock."""
+    launcher = subprocess.Popen([sys.executable, "-c", ""])
+    launcher.wait()
+    ran = run("begin(step=0); time.sleep(60)", env=os.environ | {"SHARDADAM_LAUNCHER": str(launcher.pid)})
+    assert f"the launcher, process {launcher.pid}, is gone" in ran.stderr
+    assert ran.returncode == EXIT_ORPHANED
