@@ -16,11 +16,13 @@ def test_a_small_state(tmp_path):
     ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
     assert ran.returncode == 0, ran.stderr
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["nbytes"] == 3 * 2 * 8 * 1024 * 4 + 2 * 4
-    for name, goal in report["goals"].items():
-        assert goal["met"] == (goal["ratio"] <= goal["limit"])
-        assert f"| {name} | {goal['limit']} | {goal['ratio']:.3f} " in ran.stdout
-    assert all(x["min"] <= x["median"] <= x["max"] for x in report["seconds"].values())
-    assert {"stall", "orbax stall", "save", "orbax save", "restore", "orbax restore", "disk write"} <= set(
-        report["seconds"]
-    )
+    assert set(report["stages"]) == {"2", "3"}
+    for part in report["stages"].values():
+        assert part["nbytes"] == 3 * 2 * 8 * 1024 * 4 + 2 * 4
+        for name, goal in part["goals"].items():
+            assert goal["met"] == (goal["ratio"] <= goal["limit"])
+            assert f"| {name} | {goal['limit']} | {goal['ratio']:.3f} " in ran.stdout
+        assert all(x["min"] <= x["median"] <= x["max"] for x in part["seconds"].values())
+        assert {"stall", "orbax stall", "save", "orbax save", "restore", "orbax restore", "disk write"} <= set(
+            part["seconds"]
+        )

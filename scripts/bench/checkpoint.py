@@ -28,17 +28,22 @@ GOALS = {
     "digests, of a whole save": ("digest", "save", 0.05),
 }
 HOW = """\
-A `TrainState` of float32 parameters, replicated over 8 simulated devices, with mu and nu in shards (natural layout), is
-saved and restored by `shardadam.Checkpointer` and by Orbax's `CheckpointManager` (`StandardSave`, asynchronous). Both
-keep two steps and are given the same arrays. The variants take turns, each round beginning with another; a ratio is the
-median over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint --write`.
+A `TrainState` of float32 parameters, with mu and nu in shards (natural layout) over 8 simulated devices, is saved and
+restored by `shardadam.Checkpointer` and by Orbax's `CheckpointManager` (`StandardSave`, asynchronous). Both keep two
+steps and are given the same arrays. The variants take turns, each round beginning with another; a ratio is the median
+over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint --write`.
 
 - *stall*: until `save` returns. *save*: until the step is committed, and for shardadam sealed.
 - *restore*: into the shardings of the state; shardadam's verifies every file first, *unverified* does not, *full* also
   compares the digests of the leaves in memory. Files are in the page cache, for all alike.
 - *digest*: the digests of all leaves alone, as a save computes them. *disk*: as many bytes in one file, written with
   fsync, and read back.
+
+At stage 3 the parameters lie in shards, at stage 2 every device has all of them. Simulated devices share one memory,
+and plain Orbax gives all eight the same host array; shardadam's restored arrays are each device's own, so that a step
+can take their memory: at stage 2 eight copies of the parameters. On real devices Orbax has to make them, too.
 """
+STAGES = {3: "Parameters in shards (stage 3)", 2: "Parameters on every device (stage 2)"}
 
 
 def timed(work):
@@ -48,7 +53,7 @@ def timed(work):
     return time.perf_counter() - start, result
 
 
-def new_state(rows, num_leaves):
+def new_state(rows, num_leaves, stage=2):
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rng = np.random.default_rng(0)
     replicated = jax.NamedSharding(mesh, jax.P())
@@ -56,8 +61,12 @@ def new_state(rows, num_leaves):
         f"w{i}": jax.device_put(rng.standard_normal((rows, 1024), np.float32), replicated) for i in range(num_leaves)
     }
     plan = shardadam.make_plan(params, mesh, layout="natural")
-    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-3, plan=plan), plan=plan)
-    return jax.jit(lambda s: s.apply_gradients(grads=s.params), donate_argnums=0)(state)
+    tx = shardadam.adam(1e-3, plan=plan)
+    state = shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan)
+    state = jax.jit(lambda s: s.apply_gradients(grads=s.params))(state)
+    like = shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan, stage=stage)
+    placed = map(lambda x, y: jax.device_put(x, y.sharding), jax.tree.leaves(state), jax.tree.leaves(like))
+    return jax.tree.unflatten(jax.tree.structure(like), list(placed))
 
 
 def disk(directory, nbytes):
@@ -81,54 +90,52 @@ def disk(directory, nbytes):
     return figures
 
 
-def ours(checkpointer, step, state):
-    start = time.perf_counter()
-    checkpointer.save(step, state)
-    stall = time.perf_counter() - start
-    checkpointer.wait()
-    save = time.perf_counter() - start
-    restores = {
-        "restore": timed(lambda: checkpointer.restore(state))[0],
-        "restore unverified": timed(lambda: checkpointer.restore(state, verify=False))[0],
-        "restore full": timed(lambda: checkpointer.restore(state, verify="full"))[0],
-    }
-    return {"stall": stall, "save": save, **restores}
-
-
-def orbax(manager, step, state):
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    start = time.perf_counter()
-    manager.save(step, args=ocp.args.StandardSave(state))
-    stall = time.perf_counter() - start
-    manager.wait_until_finished()
-    save = time.perf_counter() - start
-    restore, _ = timed(lambda: manager.restore(step, args=ocp.args.StandardRestore(like)))
-    return {"orbax stall": stall, "orbax save": save, "orbax restore": restore}
+def saved(save, wait):
+    """Seconds until `save` returns, and until it is done."""
+    stall, _ = timed(save)
+    return stall, stall + timed(wait)[0]
 
 
 def measure(state, rounds, directory):
     """Seconds of each figure, by round; the first round, which compiles and makes the writers, is not among them."""
     nbytes = sum(x.nbytes for x in jax.tree.leaves(state))
     parts = list(slots(state, state.plan))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     found = []
     with (
         shardadam.Checkpointer(directory / "ours", max_to_keep=2) as checkpointer,
         ocp.CheckpointManager(directory / "orbax", options=options) as manager,
     ):
-        variants = [
-            lambda step: ours(checkpointer, step, state),
-            lambda step: orbax(manager, step, state),
-            lambda step: disk(directory, nbytes),
-            lambda step: {"digest": timed(lambda: digests(parts) and None)[0]},
-        ]
+        saves = {
+            "": lambda step: saved(lambda: checkpointer.save(step, state), checkpointer.wait),
+            "orbax ": lambda step: saved(
+                lambda: manager.save(step, args=ocp.args.StandardSave(state)), manager.wait_until_finished
+            ),
+        }
+        reads = {
+            "restore": lambda: checkpointer.restore(like),
+            "restore unverified": lambda: checkpointer.restore(like, verify=False),
+            "restore full": lambda: checkpointer.restore(like, verify="full"),
+            "orbax restore": lambda: manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like)),
+            "digest": lambda: digests(parts) and None,
+        }
         for step in range(rounds + 1):
-            figures = {}
-            for i in range(len(variants)):
-                figures |= variants[(i + step) % len(variants)](step)
+            figures = disk(directory, nbytes)
+            for name in turned(saves, step):
                 os.sync()
+                figures[f"{name}stall"], figures[f"{name}save"] = saves[name](step)
+            os.sync()
+            for name in turned(reads, step):
+                figures[name], _ = timed(reads[name])
             found.append(figures)
     return nbytes, found[1:]
+
+
+def turned(names, by):
+    """Names in an order that begins with another one each round."""
+    names = list(names)
+    return [names[(i + by) % len(names)] for i in range(len(names))]
 
 
 def report(nbytes, found):
@@ -144,43 +151,48 @@ def report(nbytes, found):
         goals[text] = {
             "ratio": median, "min": min(ratios), "max": max(ratios), "limit": limit, "met": median <= limit
         }  # fmt: skip
+    return {"nbytes": nbytes, "rounds": len(found), "goals": goals, "seconds": seconds}
+
+
+def circumstances():
     return {
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, at the end a load of {os.getloadavg()[0]:.1f}",
         "versions": {"python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("jax", "orbax-checkpoint", "tensorstore", "numpy")},
-        "nbytes": nbytes,
-        "rounds": len(found),
-        "goals": goals,
-        "seconds": seconds,
     }
 
 
 def page(answer):
     lines = ["# Checkpoints: time to save and to restore", "", HOW]
-    lines += [f"{answer['nbytes'] / 1e6:.0f} MB, {answer['rounds']} rounds, {answer['date']}; {answer['machine']};"]
-    lines += [", ".join(f"{name} {version}" for name, version in answer["versions"].items()) + ".", ""]
-    lines += ["| goal: at most | limit | median | min | max | |", "| --- | --: | --: | --: | --: | --- |"]
-    for text, goal in answer["goals"].items():
-        figures = " | ".join(f"{goal[key]:.3f}" for key in ("ratio", "min", "max"))
-        lines.append(f"| {text} | {goal['limit']} | {figures} | {'met' if goal['met'] else 'NOT met'} |")
-    lines += ["", "| seconds | median | min | max | MB/s |", "| --- | --: | --: | --: | --: |"]
-    for name, x in answer["seconds"].items():
-        rate = answer["nbytes"] / x["median"] / 1e6
-        lines.append(f"| {name} | {x['median']:.3f} | {x['min']:.3f} | {x['max']:.3f} | {rate:.0f} |")
+    lines += [f"{answer['date']}; {answer['machine']};"]
+    lines += [", ".join(f"{name} {version}" for name, version in answer["versions"].items()) + "."]
+    for stage, part in answer["stages"].items():
+        lines += ["", f"## {STAGES[stage]}", "", f"{part['nbytes'] / 1e6:.0f} MB, {part['rounds']} rounds.", ""]
+        lines += ["| goal: at most | limit | median | min | max | |", "| --- | --: | --: | --: | --: | --- |"]
+        for text, goal in part["goals"].items():
+            figures = " | ".join(f"{goal[key]:.3f}" for key in ("ratio", "min", "max"))
+            lines.append(f"| {text} | {goal['limit']} | {figures} | {'met' if goal['met'] else 'NOT met'} |")
+        lines += ["", "| seconds | median | min | max | MB/s |", "| --- | --: | --: | --: | --: |"]
+        for name, x in part["seconds"].items():
+            rate = part["nbytes"] / x["median"] / 1e6
+            lines.append(f"| {name} | {x['median']:.3f} | {x['min']:.3f} | {x['max']:.3f} | {rate:.0f} |")
     return "\n".join(lines) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--rows", type=int, default=2048, help="of each leaf, with 1024 columns")
     parser.add_argument("--leaves", type=int, default=8)
     parser.add_argument("--json", type=Path, help="writes the report there")
     parser.add_argument("--write", action="store_true", help="renews docs/benchmarks/checkpoint.{md,json}")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as directory:
-        answer = report(*measure(new_state(args.rows, args.leaves), args.rounds, Path(directory)))
+    stages = {}
+    for stage in STAGES:
+        with tempfile.TemporaryDirectory(prefix="bench-checkpoint-") as directory:
+            stages[stage] = report(*measure(new_state(args.rows, args.leaves, stage), args.rounds, Path(directory)))
+    answer = circumstances() | {"stages": stages}
     text = page(answer)
     print(text)
     targets = [args.json] if args.json else []

@@ -2,6 +2,14 @@
 
 from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
-from shardadam.checkpoint.match import CheckpointError, SaveError
+from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
 
-__all__ = ["CheckpointError", "Checkpointer", "Converted", "SaveError", "export_checkpoint", "import_checkpoint"]
+__all__ = [
+    "CheckpointError",
+    "Checkpointer",
+    "Converted",
+    "NotFiniteError",
+    "SaveError",
+    "export_checkpoint",
+    "import_checkpoint",
+]

@@ -1,13 +1,11 @@
 """`Checkpointer`: saves while training goes on, and restores on any mesh; a thin adapter over Orbax."""
 
-import contextlib
 import json
 import logging
 import operator
 import os
 import uuid
 import weakref
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -19,22 +17,15 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.adopting import adopt
-from shardadam.checkpoint.failures import (
-    SamePlace,
-    expect,
-    explained,
-    raise_it,
-    save_error,
-    settled,
-)
 from shardadam.checkpoint.lock import WriterLock
-from shardadam.checkpoint.match import CheckpointError, SaveError
+from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.restoring import Damage, Verify, chosen, read_extra, restore_newest, restore_step
+from shardadam.checkpoint.saving import Saver
 from shardadam.checkpoint.seal import Seal, described_plan
-from shardadam.checkpoint.sealing import Sealing, check_finite, count_of, sealed_leaves, write_seal
-from shardadam.checkpoint.shared import acquire_for_all, check_shared
+from shardadam.checkpoint.sealing import count_of
+from shardadam.checkpoint.shared import check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
-from shardadam.checkpoint.steps import Steps, delete_old, make_room, remove_partial, short
+from shardadam.checkpoint.steps import Steps, delete_old
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.plan import Plan
 
@@ -65,7 +56,8 @@ class Checkpointer:
       keep_period: steps that are multiples of it are kept all the same.
       run_id: the run's name, for whoever finds the directory locked; default: drawn.
       config: the run's, kept in every seal; anything that JSON holds.
-      on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's.
+      on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's. That a state
+        is not finite is always raised.
 
     Attributes:
       damaged: what `restore` found damaged, and where it is now.
@@ -105,20 +97,15 @@ class Checkpointer:
         self.restored_step: int | None = None
         self._steps = Steps(self.directory)
         self._plan = plan
-        self._max_to_keep, self._keep_period = max_to_keep, keep_period
         self._run_id = run_id or uuid.uuid4().hex[:12]
         self._config = json.loads(json.dumps(config))
-        self._writer: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
-        self._sealing: Sealing | None = None
-        self._in_flight: int | None = None
-        self._on_error = on_error
-        self._failure: SaveError | None = None  # The last save's, while nobody has been raised it.
         self._closed = False
-        self._lock: WriterLock | None = None  # None: an object store, where nothing can be locked.
+        lock: WriterLock | None = None  # None: an object store, where nothing can be locked.
         if "://" not in name:
             check_shared(Path(self.directory))
-            self._lock = WriterLock(Path(self.directory), self._run_id)
-            weakref.finalize(self, self._lock.release)  # Also at the interpreter's end.
+            lock = WriterLock(Path(self.directory), self._run_id)
+            weakref.finalize(self, lock.release)  # Also at the interpreter's end.
+        self._saver = Saver(self._steps, lock, on_error, partial(delete_old, self._steps, max_to_keep, keep_period))
 
     def lock(self) -> None:
         """Takes the directory for this run's writing, as the first `save` does otherwise; until `close`.
@@ -129,8 +116,7 @@ class Checkpointer:
           CheckpointError: another run writes there; the message says who.
           OSError: the directory cannot be written.
         """
-        if self._lock is not None:
-            acquire_for_all(self._lock)
+        self._saver.lock()
 
     def save(
         self, step: int, state: Any, *, extra: Any = None, wait: bool = False, allow_nonfinite: bool = False
@@ -146,11 +132,14 @@ class Checkpointer:
           state: any tree of arrays and numbers, such as a TrainState.
           extra: anything that JSON holds, read back by `extra`.
           wait: return only when the step is sealed.
-          allow_nonfinite: save it though it has NaN or infinities in it.
+          allow_nonfinite: save it though it has NaN or infinities in it. Without, such a step is not sealed and leaves
+            nothing, and the steps before it stay; this is found in the background, and raised by the next `check`,
+            `wait`, `save` or `close`.
 
         Raises:
-          CheckpointError: the step, or a later one, is there already, the state is not finite, another run writes in
-            the directory, or Orbax did not save.
+          CheckpointError: the step, or a later one, is there already, another run writes in the directory, or Orbax did
+            not save.
+          NotFiniteError: a CheckpointError, of the save before this one; with `wait`, of this one.
           TypeError: `extra` is not JSON.
           ValueError: the checkpointer is closed, `step` is negative, or a leaf cannot be saved: packed with no plan,
             laid out otherwise than its plan says, empty, or neither array nor number.
@@ -163,34 +152,13 @@ class Checkpointer:
         plan = plan_of(state, self._plan)
         parts = list(slots(state, plan))
         check_names(parts)
-        leaves = [slot.to_disk() for slot in parts]
-        self._in_flight = step
-        with self._surfacing("prepare"):
-            place = SamePlace(self.directory)
-            self.lock()
-            on_process_zero(self._steps.key("room"), partial(make_room, self._steps, step))
-        if self._in_flight is None:
-            return
-        sealed = sealed_leaves(parts)  # Waited for, as the state may be donated once this returns.
-        if not allow_nonfinite:
-            on_process_zero(self._steps.key("finite"), lambda: check_finite(step, sealed))
-        seal = Seal(
-            step=step, files={}, leaves=sealed, count=count_of(parts), plan=described_plan(plan), config=self._config,
+        logical = jax.tree.unflatten(jax.tree.structure(state), [slot.to_disk() for slot in parts])
+        draft = Seal(
+            step=step, files={}, leaves={}, count=count_of(parts), plan=described_plan(plan), config=self._config,
             run_id=self._run_id, num_processes=jax.process_count(),
         )  # fmt: skip
-        logical = ocp.args.StandardSave(jax.tree.unflatten(jax.tree.structure(state), leaves))
-        with self._surfacing("start"):
-            manager = self._manager()
-            if not manager.save(step, args=ocp.args.Composite(**{reading.STATE: logical}, **beside)):
-                raise CheckpointError(
-                    f"step {step}: Orbax did not save it in {self.directory}, which holds {short(self.all_steps())}"
-                )
-        if self._in_flight is None:
-            return
-        keep = self._max_to_keep, self._keep_period
-        self._sealing = Sealing(manager.wait_until_finished, partial(_committed, self._steps, seal, place, *keep))
-        self._sealing.start()
-        expect(self._steps, partial(explained, self._sealing.wait, self._steps, step))
+        args = ocp.args.Composite(**{reading.STATE: ocp.args.StandardSave(logical)}, **beside)
+        self._saver.begin(draft, args, parts, allow_nonfinite=allow_nonfinite)
         if wait:
             self.wait()
 
@@ -265,44 +233,29 @@ class Checkpointer:
         """Raises what the last save has failed with, if it has by now. Waits for nothing: call it at every step.
 
         Raises:
+          NotFiniteError: see `save`.
           SaveError: see `save`.
         """
-        if self._sealing is not None and not self._sealing.is_alive():
-            self.wait()
+        self._saver.check()
 
     def wait(self) -> None:
         """Waits until the last save is sealed.
 
         Raises:
-          SaveError: it failed; the earlier steps are still there.
+          NotFiniteError: its state is not finite; the earlier steps are still there.
+          SaveError: it failed; so they are.
         """
-        sealing, self._sealing = self._sealing, None
-        if sealing is None:
-            return
-        with self._surfacing("wait"):
-            sealing.wait()
-            self._in_flight, self._failure = None, None
-            settled(self._steps)
+        self._saver.wait()
 
     def close(self) -> None:
         """Waits for the last save, as `wait` does, and frees the writer. Reading goes on to work.
 
         Raises:
-          SaveError: the last save failed, whatever `on_error` says.
+          NotFiniteError: the last save's state is not finite.
+          SaveError: it failed, whatever `on_error` says.
         """
         self._closed = True
-        try:
-            self.wait()
-        finally:
-            if self._writer is not None:
-                self._writer.close()
-                self._writer = None
-            if self._lock is not None:
-                self._lock.release()
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            settled(self._steps)
-            raise failure
+        self._saver.close()
 
     def __enter__(self) -> Self:
         return self
@@ -317,19 +270,11 @@ class Checkpointer:
                 raise
             error.add_note(f"Besides, the last save failed: {failure!r}")
 
-    def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's manager: for saving only, as it lists steps that are not committed and breaks on a failed restore."""
-        if self._writer is None:
-            self._writer = ocp.CheckpointManager(self.directory)  # Which deletes nothing: see `Steps.delete`.
-        return self._writer
-
     def _set_aside(self, step: int, why: str) -> Damage | None:
         """Moves a damaged step away, if nobody else writes here; None if it is not there any more."""
         if not on_process_zero(self._steps.key("still there"), lambda: step in self._steps.seals()):
             return None
-        if self._writer is not None:
-            self._writer.close()  # It has listed the step.
-            self._writer = None
+        self._saver.release_manager()  # It has listed the step.
         moved = None
         try:
             self.lock()
@@ -339,43 +284,9 @@ class Checkpointer:
         self.damaged.append(Damage(step, why, None if moved is None else epath.Path(moved)))
         return self.damaged[-1]
 
-    @contextlib.contextmanager
-    def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:
-        """What fails within is raised, or warned of, as a SaveError; what is refused is raised as it is.
-
-        Leaves the manager that failed: it thinks the step is there.
-        """
-        try:
-            yield
-        except Exception as error:
-            # Not closed: that would take the thread pool from what Orbax still has running, and a thread that waits for
-            # it would hold up the process's end for 20 minutes.
-            self._writer = None
-            step, self._in_flight = self._in_flight, None
-            assert step is not None
-            if isinstance(error, CheckpointError) and not isinstance(error, SaveError) and stage != "wait":
-                raise
-            failure = save_error(self._steps, step, error)
-            if stage != "prepare" and self._lock is not None and self._lock.is_held():
-                remove_partial(self._steps, step)
-            if self._on_error == "raise":
-                settled(self._steps)
-                raise failure from error
-            self._failure = failure
-            expect(self._steps, partial(raise_it, failure))
-            log.warning("%s; going on without it", failure)
-
     def _check_step(self, step: int) -> int:
         if self._closed:
             raise ValueError(f"step {step}: not saved: the checkpointer of {self.directory} is closed; make another")
         if (index := operator.index(step)) < 0:
             raise ValueError(f"step: got {index}, wanted 0 or more")
         return index
-
-
-def _committed(steps: Steps, seal: Seal, place: SamePlace, max_to_keep: int | None, keep_period: int | None) -> None:
-    """Called in the background when Orbax has committed a step."""
-    place.check()
-    write_seal(steps, seal)
-    if jax.process_index() == 0:
-        delete_old(steps, max_to_keep, keep_period)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
+from shardadam.checkpoint.together import on_every_process
 from shardadam.layout import entries, shard_shape
 from shardadam.mixing import (
     WORD_COUNTS,
@@ -40,7 +41,7 @@ class Digest(NamedTuple):
     num_nonfinite: int
 
 
-def digests(slots: Iterable[Slot]) -> list[Digest]:
+def digests(slots: Iterable[Slot], key: str = "digests") -> list[Digest]:
     """The digests of leaves where they are: device arrays on their devices, shard by shard, all others on the host.
 
     Of a leaf x with positions i and 32-bit words x_iw, it is two sums modulo 2^32,
@@ -51,21 +52,38 @@ def digests(slots: Iterable[Slot]) -> list[Digest]:
     which elements are added; as the positions are those in the logical array, not on where elements lie either. a is a
     bijection in the word: one changed element always changes the first sum; other faults go unseen at 2^-64.
 
-    All processes make the same call, in the same order. Nothing is gathered but two numbers a leaf.
+    All processes make the same call, in the same order.
 
     Args:
       slots: the leaves.
+      key: a name for what the processes say to each other, see `together`.
 
     Returns:
-      A digest for each.
+      A digest for each; of a leaf on the host, which every process has for itself, the process's own.
 
     Example:
       >>> digests(slots({"x": jnp.arange(3.0)}, None))
       [Digest(text='...', num_nonfinite=0)]
     """
-    slots = list(slots)
-    started = [_started(slot) for slot in slots]  # All of them, before the first one is waited for.
-    return [_finished(np.asarray(sums)) for sums in started]
+    return finish(start(slots), key)
+
+
+def start(slots: Iterable[Slot]) -> list[Any]:
+    """Begins `digests`, and waits for nothing that is on devices: the leaves may be donated once this returns.
+
+    There is no collective in it, so that it can be under way beside a train step.
+    """
+    return [_started(slot) for slot in slots]
+
+
+def finish(started: Sequence[Any], key: str) -> list[Digest]:
+    """Waits for what `start` began. All processes call it; what travels is 12 bytes a leaf and process."""
+    sums = np.array([_own_sums(x) for x in started], np.uint32).reshape(-1, 3)
+    if jax.process_count() > 1:
+        everyone = np.array(on_every_process(key, sums.tolist), np.uint32)
+        on_host = np.array([isinstance(x, np.ndarray) for x in started], np.bool_)[:, None]
+        sums = np.where(on_host, sums, everyone.sum(0, dtype=np.uint32))
+    return [_finished(row) for row in sums]
 
 
 def host_digest(x: np.ndarray | Any, path: str) -> Digest:
@@ -110,35 +128,61 @@ def _started(slot: Slot) -> Any:
     if is_offloaded(x.sharding):
         x = jax.device_put(x, x.sharding.with_memory_kind(default_memory_kind(x.sharding)))
     sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
-    return _summer(sharding, packed)(x, leaf_seed(slot.path, shape, x.dtype))
+    return _summer(sharding, packed)(x, _seed(sharding, slot.path, shape, np.dtype(x.dtype)))
+
+
+def _own_sums(x: Any) -> np.ndarray:
+    """The sums of what this process has of a leaf."""
+    if isinstance(x, np.ndarray):
+        return x
+    parts = np.concatenate([np.asarray(shard.data).reshape(-1, 3) for shard in x.addressable_shards])
+    return parts.sum(0, dtype=np.uint32)
 
 
 @functools.cache
-def _summer(sharding: NamedSharding | None, packed: Packing | None) -> Callable[[jax.Array, np.ndarray], jax.Array]:
-    """Compiled once for a sharding and layout: (x, seed) -> uint32[3], the two sums and the count."""
+def _seed(sharding: NamedSharding | None, path: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array | np.ndarray:
+    """A leaf's seed where the leaf is: putting it there takes longer than all else that `start` does."""
+    seed = leaf_seed(path, shape, dtype)
     if sharding is None or isinstance(sharding.mesh, AbstractMesh):
-        return jax.jit(lambda x, seed: block_sums(x, seed, natural(x.shape, [0] * x.ndim, x.shape), x.shape))
+        return seed
+    return jax.device_put(seed, NamedSharding(sharding.mesh, P()))
+
+
+@functools.cache
+def _summer(sharding: NamedSharding | None, packed: Packing | None) -> Callable[[jax.Array, Any], jax.Array]:
+    """Compiled once for a sharding and layout: (x, seed) -> uint32[num_devices, 3], the two sums and the count.
+
+    Of what has copies, the first one is read, and the others add nothing.
+    """
+    if sharding is None or isinstance(sharding.mesh, AbstractMesh):
+        return jax.jit(lambda x, seed: block_sums(x, seed, natural(x.shape, [0] * x.ndim, x.shape), x.shape)[None])
     mesh, spec = sharding.mesh, sharding.spec
 
     def total(x: jax.Array, seed: jax.Array) -> jax.Array:
         split = entries(P(*spec), x.ndim)
-        axes = tuple(axis for dim in split for axis in dim)
+        used = {axis for dim in split for axis in dim}
+        copies = tuple(axis for axis in mesh.axis_names if axis not in used)
         shape = x.shape if packed is None else packed.leaf.shape
 
-        def own(block: jax.Array, seed: jax.Array) -> jax.Array:
+        def sums(block: jax.Array, seed: jax.Array) -> jax.Array:
             if packed is None:
                 offsets = [_index(dim) * np.uint32(size) for dim, size in zip(split, block.shape, strict=True)]
-                coordinates = natural(block.shape, offsets, shape)
-                sums = block_sums(block, seed, coordinates, shape)
-            else:
-                coordinates, valid = _packed(block.shape, packed)
-                sums = block_sums(block, seed, coordinates, shape, valid)
-            return jax.lax.psum(sums, axes) if axes else sums
+                return block_sums(block, seed, natural(block.shape, offsets, shape), shape)
+            coordinates, valid = _packed(block.shape, packed)
+            return block_sums(block, seed, coordinates, shape, valid)
 
-        # Manual, so that Auto and Explicit axes go one way; what is replicated is counted once.
-        return jax.shard_map(own, mesh=mesh, in_specs=(spec, P()), out_specs=P())(x, seed)
+        def own(block: jax.Array, seed: jax.Array) -> jax.Array:
+            if not copies:
+                return sums(block, seed)[None]
+            first = jax.lax.axis_index(copies) == 0
+            return jax.lax.cond(first, sums, lambda *_: jnp.zeros(3, jnp.uint32), block, seed)[None]
 
-    return jax.jit(total, out_shardings=NamedSharding(mesh, P()))
+        # Manual, so that Auto and Explicit axes go one way.
+        return jax.shard_map(own, mesh=mesh, in_specs=(spec, P()), out_specs=P(mesh.axis_names), check_vma=False)(
+            x, seed
+        )
+
+    return jax.jit(total)
 
 
 def _packed(block: tuple[int, ...], packed: Packing) -> tuple[list[Coordinate], Any]:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from etils import epath
 
-from shardadam.checkpoint.match import SaveError
+from shardadam.checkpoint.match import NotFiniteError, SaveError
 from shardadam.checkpoint.steps import Steps, is_local, short
 
 # As tensorstore and Python tell the operating system's errors in their messages.
@@ -35,7 +35,7 @@ _REMEDIES = {
 log = logging.getLogger("shardadam.checkpoint")
 
 
-def save_error(steps: Steps, step: int, error: BaseException) -> SaveError:
+def save_error(steps: Steps, step: int, error: BaseException) -> SaveError | NotFiniteError:
     """An error that says what the save of a step failed with, how much space is free, and which steps are there.
 
     Args:
@@ -43,8 +43,8 @@ def save_error(steps: Steps, step: int, error: BaseException) -> SaveError:
       step: which was not saved.
       error: what Orbax, tensorstore or the operating system raised.
     """
-    if isinstance(error, SaveError):
-        return error
+    if isinstance(error, SaveError | NotFiniteError):
+        return error  # It says all that itself.
     where, cause, number = steps.directory, f"{type(error).__name__}: {error}", errno_of(error)
     if is_local(where) and not os.path.isdir(where):
         number, cause = errno.ENOENT, "the directory is gone"

@@ -81,6 +81,14 @@ class Slot:
         return self.like.dtype if hasattr(self.like, "dtype") else np.asarray(self.like).dtype
 
     @property
+    def on_disk(self) -> tuple[tuple[int, ...], str]:
+        """Shape and dtype on disk; of typed PRNG keys those of their data."""
+        if is_key(self.dtype):
+            data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(self.shape, self.dtype))
+            return data.shape, data.dtype.name
+        return self.shape, np.dtype(self.dtype).name
+
+    @property
     def sharding(self) -> Sharding | None:
         """Where the leaf must be; None where it is on the host or uncommitted."""
         if isinstance(self.like, jax.Array) and not self.like.committed:

@@ -21,6 +21,10 @@ class SaveError(OSError, CheckpointError):
     """A step was not saved. Those saved before it are still there."""
 
 
+class NotFiniteError(CheckpointError):
+    """A step was not saved, as there is NaN or infinity in it. Those saved before it are still there."""
+
+
 def check_match(saved: Mapping[tuple[str, ...], Any], slots: Sequence[Slot], where: str) -> None:
     """Compares a checkpoint's metadata with the leaves that are to be restored from it.
 

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from etils import epath
 
-from shardadam.checkpoint.digest import digests
-from shardadam.checkpoint.logical import Slot, is_key
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.digest import finish
+from shardadam.checkpoint.logical import Slot
+from shardadam.checkpoint.match import CheckpointError, NotFiniteError
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
 from shardadam.checkpoint.steps import Steps, is_local, sync_directory
 from shardadam.checkpoint.together import on_every_process, on_process_zero
@@ -57,22 +57,31 @@ class Sealing(threading.Thread):
             raise error
 
 
-def sealed_leaves(slots: Sequence[Slot]) -> dict[str, SealedLeaf]:
-    """What a seal says of each leaf, computed where the leaves are. All processes call it."""
-    found = digests(slots)
-    return {slot.path: SealedLeaf(*digest, *_on_disk(slot)) for slot, digest in zip(slots, found, strict=True)}
+def sealed_leaves(
+    steps: Steps, described: Sequence[tuple[str, tuple[int, ...], str]], started: Sequence[Any]
+) -> dict[str, SealedLeaf]:
+    """What a seal says of each leaf, as process 0 knows it. All processes call this; it waits for the digests.
+
+    Args:
+      steps: of the directory.
+      described: each leaf's keypath, shape and dtype, on disk.
+      started: their digests, under way: see `digest.start`.
+    """
+    found = finish(started, steps.key("digests of leaves"))
+    told = on_process_zero(steps.key("leaves"), lambda: found)
+    return {path: SealedLeaf(*digest, *rest) for digest, (path, *rest) in zip(told, described, strict=True)}
 
 
 def check_finite(step: int, leaves: Mapping[str, SealedLeaf]) -> None:
     """Refuses a state with NaN or infinities in it.
 
     Raises:
-      CheckpointError: names the leaves.
+      NotFiniteError: names the leaves.
     """
     bad = {path: leaf.num_nonfinite for path, leaf in leaves.items() if leaf.num_nonfinite}
     if bad:
         listed = ", ".join(f"`{path}` ({count})" for path, count in list(bad.items())[:4])
-        raise CheckpointError(
+        raise NotFiniteError(
             f"step {step}: not saved: {len(bad)} of {len(leaves)} leaves have elements that are NaN or infinite: "
             f"{listed}; restore the newest step and go on from there, or save with allow_nonfinite=True"
         )
@@ -200,12 +209,3 @@ def _shares(names: Mapping[str, int], count: int) -> list[list[str]]:
         shares[least].append(name)
         load[least] += names[name] + 1
     return shares
-
-
-def _on_disk(slot: Slot) -> tuple[tuple[int, ...], str]:
-    """Shape and dtype; of a typed PRNG key those of its data."""
-    shape, dtype = slot.shape, slot.dtype
-    if is_key(dtype):
-        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
-        shape, dtype = data.shape, data.dtype
-    return shape, np.dtype(dtype).name

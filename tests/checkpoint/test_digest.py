@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
-from shardadam import mixing
+from shardadam import collectives, mixing
 from shardadam.checkpoint import digest
 from shardadam.checkpoint.digest import digests, host_digest
 from shardadam.checkpoint.logical import Packing, Slot
@@ -167,15 +167,13 @@ def test_host_arrays_in_chunks_and_not_contiguous(monkeypatch):
 
 
 def test_nothing_is_gathered(data_mesh):
+    """Nor is anything reduced: a collective could wait for one of the train step's, and that for it."""
     param = jax.device_put(np.ones((17, 257), np.float32), NamedSharding(data_mesh, P()))
     leaf = shardadam.make_plan({"w": param}, data_mesh, layout="packed").leaves["w"]
     packed = Packing(leaf, data_mesh)
     x = jax.device_put(jnp.zeros(leaf.state_shape), packed.sharding)
     for packing in (None, packed):
-        text = digest._summer(packed.sharding, packing).lower(x, np.zeros(2, np.uint32)).compile().as_text()
-        assert "all-reduce" in text
-        assert "u32[3]" in text
-        assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute"))
+        assert not collectives(digest._summer(packed.sharding, packing).lower(x, np.zeros(2, np.uint32)).compile())
 
 
 def test_arrays_in_host_memory(data_mesh):

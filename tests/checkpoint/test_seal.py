@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
-from shardadam.checkpoint import Checkpointer, CheckpointError, sealing
+from shardadam.checkpoint import Checkpointer, CheckpointError, NotFiniteError, sealing
 from shardadam.checkpoint.digest import host_digest
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
 from shardadam.checkpoint.steps import Steps
@@ -58,7 +58,7 @@ def test_what_it_says(tmp_path):
 
 def test_a_step_is_saved_once_it_is_sealed_and_without_being_waited_for(tmp_path, monkeypatch):
     gate, write = threading.Event(), sealing.write_seal
-    monkeypatch.setattr("shardadam.checkpoint.checkpointer.write_seal", lambda *args: gate.wait(20) and write(*args))
+    monkeypatch.setattr("shardadam.checkpoint.saving.write_seal", lambda *args: gate.wait(20) and write(*args))
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": jnp.ones(3)})
         deadline = time.monotonic() + 20
@@ -97,17 +97,52 @@ def test_what_a_killed_run_has_committed_and_not_sealed_is_out_of_the_way_and_no
     assert (why.with_suffix("") / "state").is_dir()
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value):
-    state = {"params": {"w": jnp.array([1.0, value, value])}, "step": 3}
+@pytest.mark.parametrize(("value", "on_error"), [(np.nan, "raise"), (np.inf, "raise"), (-np.inf, "warn")])
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, on_error):
+    good, bad = ({"params": {"w": jnp.array([1.0, x, x])}, "step": 3} for x in (0.5, value))
+    refused = r"^step 3: not saved: 1 of 2 leaves .*: `params/w` \(2\);.*nonfinite=T"
+    with Checkpointer(tmp_path, max_to_keep=2, on_error=on_error) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, good)
+        checkpointer.save(3, bad)
+        with pytest.raises(NotFiniteError, match=refused):
+            at_the_next_step(checkpointer)
+        checkpointer.check()  # Told once.
+        # Nothing is left of it, and no good step went for it.
+        assert checkpointer.all_steps() == sorted(ocp.utils.checkpoint_steps(tmp_path)) == [1, 2]
+        with pytest.raises(NotFiniteError, match=refused):
+            checkpointer.save(3, bad, wait=True)
+        checkpointer.save(3, bad)
+        with pytest.raises(NotFiniteError, match=refused):
+            checkpointer.save(4, good)
+        checkpointer.save(4, bad, allow_nonfinite=True)
+    assert Steps(checkpointer.directory).read_seal(4).num_nonfinite == 2
+    with pytest.raises(NotFiniteError, match=refused), Checkpointer(tmp_path / "other", on_error=on_error) as closed:
+        closed.save(3, bad)
+
+
+def at_the_next_step(checkpointer):
+    """What a training loop does: it asks after every step."""
+    for _ in range(1000):
+        checkpointer.check()
+        time.sleep(0.01)
+
+
+def test_a_seal_is_of_what_was_saved_though_it_is_donated_at_once(tmp_path):
+    """Digests are waited for in the background, while the next steps take the memory of what they are of."""
+    state = train_state()
+    step = jax.jit(lambda s: s.apply_gradients(grads=s.params), donate_argnums=0)
     with Checkpointer(tmp_path) as checkpointer:
-        with pytest.raises(
-            CheckpointError, match=r"step 1: not saved: 1 of 2 leaves .*: `params/w` \(2\);.*nonfinite=T"
-        ):
-            checkpointer.save(1, state)
-        assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == []
-        checkpointer.save(1, state, allow_nonfinite=True)
-    assert Steps(checkpointer.directory).read_seal(1).num_nonfinite == 2
+        for number in (1, 2, 3):
+            wanted = np.array(jnp.copy(state.params["kernel"]))
+            checkpointer.save(number, state)
+            before, state = state, step(step(state))
+            assert before.opt_state[0].mu["kernel"].is_deleted()
+            checkpointer.wait()
+            sealed = Steps(checkpointer.directory).read_seal(number).leaves["params/kernel"].digest
+            assert sealed == host_digest(wanted, "params/kernel").text
+            checkpointer.restore(state, verify="full")  # mu and nu as Orbax has written them.
+            assert checkpointer.restored_step == number
 
 
 def test_every_bit_of_a_seal_counts():

@@ -20,8 +20,7 @@ from tiny import tiny_config
 from trees import flip_a_bit
 
 from shardadam import Checkpointer, audit, unpack_params
-from shardadam.checkpoint import SaveError
-from shardadam.checkpoint import checkpointer as checkpointing
+from shardadam.checkpoint import SaveError, saving
 from shardadam.trainer import loop
 from shardadam.trainer.build import create_state
 from shardadam.trainer.config import ConfigError
@@ -215,17 +214,23 @@ def test_a_device_that_goes_its_own_way_stops_the_run_before_it_is_saved(tiny, m
 def test_a_checkpoint_that_cannot_be_saved(tiny, monkeypatch, on_save_error, last):
     """A disk that is full while step 4 is saved: the run ends at the next step, or goes on, and saves again."""
     config = tiny(steps=STEPS, save_every=2, log_every=1, on_save_error=on_save_error)
-    write_seal = checkpointing.write_seal
+    write_seal = saving.write_seal
 
     def disk_full(steps, seal):
         if seal.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write_seal(steps, seal)
 
-    monkeypatch.setattr(checkpointing, "write_seal", disk_full)
+    monkeypatch.setattr(saving, "write_seal", disk_full)
     # Each step waits until it is known how the save has ended.
     check = Checkpointer.check
-    monkeypatch.setattr(Checkpointer, "check", lambda self: (self._sealing and self._sealing.join(), check(self)))
+
+    def checked_when_known(self):
+        if self._saver._sealing is not None:
+            self._saver._sealing.join()
+        check(self)
+
+    monkeypatch.setattr(Checkpointer, "check", checked_when_known)
     directory = run_directory(config) / "checkpoints"
     if on_save_error == "raise":
         with pytest.raises(SaveError, match=r"step 4: not saved in .*No space left.*are free; saved there: steps 2"):

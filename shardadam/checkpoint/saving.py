@@ -1,0 +1,158 @@
+"""The save under way: begun in the foreground, sealed in the background, and its failure told exactly once."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Literal
+
+import jax
+import orbax.checkpoint as ocp
+
+from shardadam.checkpoint.digest import start
+from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
+from shardadam.checkpoint.lock import WriterLock
+from shardadam.checkpoint.logical import Slot
+from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
+from shardadam.checkpoint.seal import Seal
+from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, write_seal
+from shardadam.checkpoint.shared import acquire_for_all
+from shardadam.checkpoint.steps import Steps, make_room, remove_partial, short
+from shardadam.checkpoint.together import on_process_zero
+
+log = logging.getLogger("shardadam.checkpoint")
+
+
+class Saver:
+    """Saves one step at a time in a directory, and keeps what became of the last one until somebody was told.
+
+    Args:
+      steps: of the directory.
+      lock: the directory's; None for an object store, where nothing can be locked.
+      on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's. That a state
+        is not finite is always raised.
+      retain: called by process 0 when a step was sealed: deletes older ones.
+
+    Attributes:
+      step: the one under way; None when there is none.
+    """
+
+    def __init__(
+        self, steps: Steps, lock: WriterLock | None, on_error: Literal["raise", "warn"], retain: Callable[[], None]
+    ) -> None:
+        self._steps, self._lock, self._on_error, self._retain = steps, lock, on_error, retain
+        self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
+        self._sealing: Sealing | None = None
+        self.step: int | None = None  # The one under way.
+        self._failure: CheckpointError | None = None  # The last save's, while nobody has been raised it.
+
+    def lock(self) -> None:
+        """Takes the directory for this run's writing; see `Checkpointer.lock`."""
+        if self._lock is not None:
+            acquire_for_all(self._lock)
+
+    def begin(self, draft: Seal, args: ocp.args.Composite, parts: Sequence[Slot], *, allow_nonfinite: bool) -> None:
+        """Begins to save a step, when none is under way; returns when it has been copied off the devices.
+
+        Args:
+          draft: its seal, but for the files and leaves.
+          args: what Orbax is to write.
+          parts: its leaves as they are in memory.
+          allow_nonfinite: seal it though there is NaN or infinity in it.
+
+        Raises:
+          CheckpointError: a step of that number or a later one is there, another run writes in the directory, or Orbax
+            did not save.
+          SaveError: it failed, and failures are raised.
+        """
+        self.step = draft.step
+        with self._surfacing("prepare"):
+            place = SamePlace(self._steps.directory)
+            self.lock()
+            on_process_zero(self._steps.key("room"), partial(make_room, self._steps, draft.step))
+        if self.step is None:
+            return
+        described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
+
+        def seal() -> None:
+            place.check()
+            leaves = sealed_leaves(self._steps, described, started)
+            if not allow_nonfinite:
+                check_finite(draft.step, leaves)
+            write_seal(self._steps, dataclasses.replace(draft, leaves=leaves))
+            if jax.process_index() == 0:
+                self._retain()
+
+        with self._surfacing("start"):
+            started = start(parts)  # Before Orbax copies, so that devices compute meanwhile.
+            manager = self._manager = self._manager or ocp.CheckpointManager(self._steps.directory)
+            if not manager.save(draft.step, args=args):
+                raise CheckpointError(
+                    f"step {draft.step}: Orbax did not save it in {self._steps.directory}, which holds "
+                    f"{short(self._steps.sealed())}"
+                )
+        if self.step is not None:
+            self._sealing = Sealing(manager.wait_until_finished, seal)
+            self._sealing.start()
+            expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
+
+    def check(self) -> None:
+        """Raises what the last save has failed with, if it has by now; waits for nothing."""
+        if self._sealing is not None and not self._sealing.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the last save is sealed; raises what it failed with."""
+        sealing, self._sealing = self._sealing, None
+        if sealing is None:
+            return
+        with self._surfacing("wait"):
+            sealing.wait()
+            self.step, self._failure = None, None
+            settled(self._steps)
+
+    def close(self) -> None:
+        """Waits, and frees the writer and the lock; raises the last save's failure, whatever `on_error` says."""
+        try:
+            self.wait()
+        finally:
+            self.release_manager()
+            if self._lock is not None:
+                self._lock.release()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            settled(self._steps)
+            raise failure
+
+    def release_manager(self) -> None:
+        """Ends Orbax's manager, when no save is under way; the next save makes one that lists the steps anew."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+    @contextlib.contextmanager
+    def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:
+        """What fails within is raised, or warned of, as a SaveError; what is refused is raised as it is.
+
+        Leaves the manager that failed: it thinks the step is there.
+        """
+        try:
+            yield
+        except Exception as error:
+            # Not closed: that would take the thread pool from what Orbax still has running, and a thread that waits for
+            # it would hold up the process's end for 20 minutes.
+            self._manager = None
+            step, self.step = self.step, None
+            assert step is not None
+            if isinstance(error, CheckpointError) and not isinstance(error, SaveError) and stage != "wait":
+                raise
+            if stage != "prepare" and self._lock is not None and self._lock.is_held():
+                remove_partial(self._steps, step)
+            failure = save_error(self._steps, step, error)
+            if self._on_error == "raise" or isinstance(failure, NotFiniteError):
+                settled(self._steps)
+                raise failure from (None if failure is error else error)
+            self._failure = failure
+            expect(self._steps, partial(raise_it, failure))
+            log.warning("%s; going on without it", failure)
