@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from grid import TOPOLOGIES, Case, all_cases
+from grid import MEMORY, TOPOLOGIES, Case, all_cases
 from models import abstract_params, layer_bytes, num_params, stacked_dims, tensor_specs
 
 import shardadam
@@ -58,6 +58,9 @@ def measured(case: Case, python: str) -> dict[str, Any]:
     """What one case says, or why it does not compile."""
     topology, num_slices, _ = TOPOLOGIES[case.where]
     record: dict[str, Any] = {"date": datetime.date.today().isoformat(), **expected(case)}
+    least = least_bytes(case, record) / 2**30
+    if least > MEMORY[case.chip]:
+        return {**record, "too_large": f"not compiled: {least:.1f} GiB at the least, {MEMORY[case.chip]} are there"}
     try:
         found = compile_for(
             topology,
@@ -86,6 +89,16 @@ def expected(case: Case) -> dict[str, Any]:
         "ideal_wire_bytes": 2 * whole * (copies - 1) // copies,
         "state_ratio": state_ratio(case, copies),
     }
+
+
+def least_bytes(case: Case, record: dict[str, Any]) -> float:
+    """What a device holds whatever the compiler does: parameters, float32 moments, and gradients that come in whole."""
+    copies = record["num_devices"] // case.tensor
+    whole = record["param_bytes"]
+    params = whole / copies if case.stage == 3 else whole
+    moments = 2 * 4 / WIDTH * whole * record["state_ratio"] / copies
+    grads = whole if case.program == "update" or case.stage == 1 or case.name == "replicated" else 0
+    return params + moments + grads
 
 
 def state_ratio(case: Case, copies: int) -> float:
@@ -133,8 +146,10 @@ def within_model(op: Any, tensor: int) -> bool:
 
 
 def summary(found: dict[str, Any]) -> str:
-    if "error" in found:
-        return found["error"]
+    """For the terminal."""
+    refused = found.get("error") or found.get("too_large")
+    if refused:
+        return refused
     gib = {key: found[key] / 2**30 for key in ("peak_bytes", "temp_bytes", "wire_bytes")}
     ratio = found["wire_bytes"] / found["ideal_wire_bytes"]
     return (

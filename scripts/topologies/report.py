@@ -4,15 +4,15 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from grid import MODELS, STRATEGIES, TOPOLOGIES, all_cases
+from grid import MEMORY, MODELS, STRATEGIES, TOPOLOGIES, all_cases
 
 GIB = 2**30
 HEAD = "| topology | strategy | peak GiB | temp GiB | wire GiB | x ideal | state x even | collectives | compile s |"
 RULE = "| --- | --- | --: | --: | --: | --: | --: | --- | --: |"
 INTRO = """# Compiled for topologies that are not here
 
-{versions}. {done} of {all} cases have run ({failed} of them were refused by the compiler). Written by
-`./scripts/bench_topologies`; [topologies.md](../topologies.md) says what was learnt, and how to run more.
+{versions}. {done} of {all} cases are done: {failed} of them the compiler
+refused, {too_large} cannot fit by arithmetic alone. Compile times are of a busy machine of two cores. Written by `./scripts/bench_topologies`; [topologies.md](../topologies.md) says what was learnt, and how to run more.
 
 Nothing was run: these are the compilers' own programs and memory plans for one device, of parameters and gradients in
 bfloat16 and moments in float32. *update*: every device's own gradient is reduced, applied, and the parameters are
@@ -22,8 +22,9 @@ pass of a scan.
 - *wire*: what a device sends, by the ring algorithms, loops counted. *x ideal*: over a reduce-scatter of the gradients
   and an all-gather of the parameters. (Stage 3 gathers twice, so 1.5 is its ideal.) *state x even*: a device's part of
   mu over 1/N.
-- *peak*: arguments, results and temporaries; in *update* the unreduced gradients are arguments.
-- *gspmd* is optax with moments placed by hand as the natural layout has them; *nd* is the compiler option
+- *peak*: arguments, results and temporaries; in *update* the unreduced gradients are arguments. XLA:GPU compiles what
+  does not fit, too; the page says where.
+- *gspmd* is optax with moments placed by hand as the natural layout has them; *auto* is this project's layout="auto"; *nd* is the compiler option
   `xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter`.
 """
 
@@ -38,6 +39,7 @@ def write_page(results: dict[str, Any], path: Path) -> None:
         done=len(cases),
         all=sum(1 for _ in all_cases()),
         failed=sum("error" in found for found in ran),
+        too_large=sum("too_large" in found for found in ran),
     )
     parts = [intro, goals(results)]
     for model, program in itertools.product(MODELS, ("update", "step")):
@@ -49,14 +51,17 @@ def write_page(results: dict[str, Any], path: Path) -> None:
 
 def row(case: Any, found: dict[str, Any]) -> str:
     """One case."""
-    if "error" in found:
-        return f"| {case.where} | {case.name} | {found['error'].replace('|', '/')} | | | | | | |"
+    refused = found.get("too_large") or found.get("error")
+    if refused:
+        return f"| {case.where} | {case.name} | {refused.replace('|', '/')} | | | | | | |"
     ops = "; ".join(
         f"{times} {kind} {size / GIB:.2f}" for kind, (times, size) in found["collectives"].items() if size > 2**20
     )
     numbers = [found["peak_bytes"] / GIB, found["temp_bytes"] / GIB, found["wire_bytes"] / GIB]
     numbers += [found["wire_bytes"] / found["ideal_wire_bytes"], found["state_ratio"]]
-    cells = [case.where, case.name, *(f"{x:.2f}" for x in numbers), ops, f"{found['compile_seconds']:.0f}"]
+    peak, *rest = (f"{x:.2f}" for x in numbers)
+    fits = "" if numbers[0] <= MEMORY[case.chip] else f" of {MEMORY[case.chip]}, does not fit"
+    cells = [case.where, case.name, peak + fits, *rest, ops, f"{found['compile_seconds']:.0f}"]
     return f"| {' | '.join(cells)} |"
 
 
