@@ -12,7 +12,8 @@ RULE = "| --- | --- | --: | --: | --: | --: | --: | --- | --: |"
 INTRO = """# Compiled for topologies that are not here
 
 {versions}. {done} of {all} cases are done: {failed} of them the compiler
-refused, {too_large} cannot fit by arithmetic alone. Compile times are of a busy machine of two cores. Written by `./scripts/bench_topologies`; [topologies.md](../topologies.md) says what was learnt, and how to run more.
+refused, {too_large} cannot fit by arithmetic alone. Compile times are of a busy machine of two cores. Written by
+`./scripts/bench_topologies`; [topologies.md](../topologies.md) says what was learnt, and how to run more.
 
 Nothing was run: these are the compilers' own programs and memory plans for one device, of parameters and gradients in
 bfloat16 and moments in float32. *update*: every device's own gradient is reduced, applied, and the parameters are
@@ -24,8 +25,8 @@ pass of a scan.
   mu over 1/N.
 - *peak*: arguments, results and temporaries; in *update* the unreduced gradients are arguments. XLA:GPU compiles what
   does not fit, too; the page says where.
-- *gspmd* is optax with moments placed by hand as the natural layout has them; *auto* is this project's layout="auto"; *nd* is the compiler option
-  `xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter`.
+- *gspmd* is optax with moments placed by hand as the natural layout has them; *auto* and *packed* are this project's
+  layouts; *nd* is the compiler option `xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter`.
 """
 
 
