@@ -1,5 +1,6 @@
 """Whole runs: stopped and resumed equals uninterrupted, bit for bit; signals save; what is said at the end is so."""
 
+import contextlib
 import errno
 import functools
 import json
@@ -7,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -57,6 +60,17 @@ def compile_once(tmp_path_factory):
     for name, value in zip(names, before, strict=True):
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def signals_are_for_pytest():
+    """A run in this process would take them for itself: SIGTERM to pytest, as a time limit sends it, ended a run that
+    was to raise, before it could.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        asked = SimpleNamespace(requested=threading.Event())
+        patch.setattr(loop, "StopSignals", lambda: contextlib.nullcontext(asked))
+        yield
 
 
 @pytest.fixture(scope="module")
