@@ -50,7 +50,12 @@ def launched(config, cache, *options, processes=2, devices=8, faults=(), program
         "--devices-per-process", str(devices // processes), "--grace", "1", "--backoff", "0.1", *options, "--",
         sys.executable, str(HERE / "faulty.py"), "train", str(path),
     ]  # fmt: skip
-    ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    try:
+        ran = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        raise AssertionError(
+            f"not done after {timeout} s:\n{(error.stderr or b'').decode(errors='replace')}"
+        ) from error
     happened = [json.loads(line) for line in done.read_text().splitlines()] if done.exists() else []
     assert happened == list(faults), f"of {faults} have happened {happened}:\n{ran.stderr}"
     return ran

@@ -29,10 +29,12 @@ from shardadam.trainer.run_dir import run_directory
 STEPS, SAVE_EVERY = 16, 3
 # Many times what each takes where nothing else runs, and programs are compiled already; and not so long that a run that
 # is stuck at any of them takes most of the time.
-DEADLINES = {"start": 40, "compile": 40, "step": 10, "save": 20, "restore": 20, "heartbeat": 10}
+DEADLINES = {"start": 40, "compile": 40, "step": 15, "save": 25, "restore": 25, "heartbeat": 10}
 DEVICES = {2: 4, 3: 3, 4: 4}  # by processes: two with two each, three and four with one each
 MAX_LAUNCHES = 4  # of one run: it is launched again after one of the last faults
-FOR_A_START = 90  # seconds until the group has restored and compiled, or has ended; generous: what is longer is a hang
+# Seconds until a group has restored, compiled and trained, or has ended: it takes 10 where nothing else runs, and what
+# takes this long is a hang.
+FOR_A_START = 180
 
 
 class Torture:
