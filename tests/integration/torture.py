@@ -164,7 +164,12 @@ def main():
         torture = Torture(Path(directory), rng)
         while time.monotonic() - began < 60 * args.minutes:
             processes, fewer = rng.choice((2, 2, 3, 4)), rng.random() < 0.2
-            faults = torture.run(processes, fewer=fewer)
+            try:
+                faults = torture.run(processes, fewer=fewer)
+            except AssertionError as error:
+                runs["FAILED"] += 1
+                print(f"run {runs.total()}, {processes} processes: FAILED: {error}", flush=True)
+                continue
             runs["close" if fewer else "same bits"] += 1
             told = ", ".join(f"{fault['how']} in {fault['what']}" for fault in faults)
             print(
@@ -177,8 +182,10 @@ def main():
         f"{runs.total()} runs, {torture.faults.total()} faults, {torture.restarts.total()} restarts, {took:.1f} minutes"
     )
     print(
-        f"ended in the bits of the undisturbed run: {runs['same bits']}; with --min-processes 1, close: {runs['close']}"
+        f"in the bits of the undisturbed run: {runs['same bits']}; with --min-processes 1, close: {runs['close']}; "
+        f"failed: {runs['FAILED']}"
     )
+    raise SystemExit(1 if runs["FAILED"] else 0)
 
 
 if __name__ == "__main__":
