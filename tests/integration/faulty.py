@@ -21,16 +21,18 @@ from shardadam.trainer import loop, watchdog
 
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}
 TO_LAUNCHER = {"launcher": signal.SIGKILL, "term to launcher": signal.SIGTERM}
+TERMS = ("term", "term to launcher")
 
 
 class Faulty(watchdog.Watchdog):
-    """Brings about the first fault that has not happened yet, and then the next."""
+    """Brings about the first fault that has not happened yet; after a SIGTERM, which ends no process at once, the next."""
 
     def __init__(self, seconds):
         super().__init__(seconds)
         self.done = Path(os.environ["FAULTS_DONE"])
         self.faults = json.loads(os.environ["FAULTS"])
         self.here = int(os.environ["JAX_PROCESS_ID"]), int(os.environ["JAX_NUM_PROCESSES"])
+        self.first = self.num_happened()
         self.begun = Counter()
         self.armed = -1  # the last that this process brings about
         self.timers = []
@@ -41,10 +43,14 @@ class Faulty(watchdog.Watchdog):
         super().begin(what, times=times)
         self.may_go_wrong(what)
 
+    def num_happened(self):
+        return len(self.done.read_text().splitlines()) if self.done.exists() else 0
+
     def may_go_wrong(self, what):
         self.begun[what] += 1
-        number = len(self.done.read_text().splitlines()) if self.done.exists() else 0
-        if number == len(self.faults) or number == self.armed:
+        number = self.num_happened()
+        ended = any(fault["how"] not in TERMS for fault in self.faults[self.first : number])
+        if ended or number == len(self.faults) or number == self.armed:
             return
         fault, (process, num_processes) = self.faults[number], self.here
         if fault["process"] % num_processes != process or fault["what"] != what or self.begun[what] < fault["nth"]:

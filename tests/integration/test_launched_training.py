@@ -8,6 +8,8 @@ from launched import DEADLINES, assert_close, final_state, launched
 from tiny import tiny_raw
 from trees import assert_same_bits
 
+from shardadam import Checkpointer
+from shardadam.checkpoint.seal import Seal
 from shardadam.trainer.config import parse_config
 from shardadam.trainer.metrics import read_metrics
 from shardadam.trainer.run_dir import run_directory
@@ -71,6 +73,19 @@ def test_what_is_killed_while_it_compiles_goes_on_with_fewer_processes(undisturb
     np.testing.assert_allclose(one, two, rtol=1e-4)
     recorded = [json.loads((run_directory(parse_config(c)) / "run.json").read_text()) for c in (config, whole)]
     assert [record["num_processes"] for record in recorded] == [1, 2]
+
+
+def test_sigterm_to_one_of_three_stops_all_at_the_same_step(cache, tmp_path):
+    config = tiny_raw(tmp_path, steps=99, save_every=99, batch_size=6, mesh="data=3", data={"eval_tokens": 100})
+    term = {"process": 1, "what": "step", "nth": 2, "how": "term"}
+    ran = launched(config, cache, processes=3, devices=3, faults=[term])
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stderr.count("SIGTERM: finishing the step, then saving") == 1  # nobody passed it on to the others
+    with Checkpointer(run_directory(parse_config(config)) / "checkpoints") as checkpointer:
+        (step,) = checkpointer.all_steps()
+        assert Seal.from_text((checkpointer.directory / "seals" / f"{step}.json").read_text()).num_processes == 3
+    assert 2 <= step < 99
+    assert f"[0] stopped at step {step}, saved; run again to go on" in ran.stdout
 
 
 def test_it_ends_as_if_nothing_had_happened(undisturbed, cache, tmp_path):
