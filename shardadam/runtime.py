@@ -198,6 +198,8 @@ def _next_key(name: str) -> str:
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once, as one of several: its exit handlers would wait for the others, and they for it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # Where the launcher is gone, so is who reads its pipes.
+        os._exit(code)

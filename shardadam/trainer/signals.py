@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the first asks the run to stop after its step, the second ends the process at once."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -52,7 +53,12 @@ class StopSignals:
                 continue
             name = signal.Signals(number).name
             if self.requested.is_set():
-                print(f"\n{name} again: stopping at once, without saving", file=sys.stderr, flush=True)
-                os._exit(128 + number)  # sys.exit would only end this thread
-            print(f"\n{name}: finishing the step, then saving; once more stops at once", file=sys.stderr, flush=True)
+                try:
+                    print(f"\n{name} again: stopping at once, without saving", file=sys.stderr, flush=True)
+                finally:  # whether anybody reads it or not
+                    os._exit(128 + number)  # sys.exit would only end this thread
             self.requested.set()
+            with contextlib.suppress(OSError):
+                print(
+                    f"\n{name}: finishing the step, then saving; once more stops at once", file=sys.stderr, flush=True
+                )

@@ -75,9 +75,11 @@ class Watchdog:
             self._exit(EXIT_ORPHANED, f"the launcher, process {self._launcher}, is gone")
 
     def _exit(self, code: int, why: str) -> None:
-        os.write(_STDERR, f"watchdog: {why}; ending process {os.getpid()}, exit code {code}\n".encode())
-        faulthandler.dump_traceback(file=_STDERR, all_threads=True)
-        os._exit(code)
+        try:
+            os.write(_STDERR, f"watchdog: {why}; ending process {os.getpid()}, exit code {code}\n".encode())
+            faulthandler.dump_traceback(file=_STDERR, all_threads=True)
+        finally:  # Where the launcher is gone, so is who reads its pipe.
+            os._exit(code)
 
 
 def _exists(process: int) -> bool:

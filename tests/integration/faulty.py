@@ -25,7 +25,7 @@ TERMS = ("term", "term to launcher")
 
 
 class Faulty(watchdog.Watchdog):
-    """Brings about the first fault that has not happened yet; after a SIGTERM, which ends no process at once, the next."""
+    """Brings about the first fault that has not happened yet; after SIGTERM, which ends nothing at once, the next."""
 
     def __init__(self, seconds):
         super().__init__(seconds)

@@ -85,3 +85,21 @@ def test_a_process_whose_launcher_was_gone_before_it_had_a_watchdog_ends():
     ran = run("begin(step=0); time.sleep(60)", env=os.environ | {"SHARDADAM_LAUNCHER": str(launcher.pid)})
     assert f"the launcher, process {launcher.pid}, is gone" in ran.stderr
     assert ran.returncode == EXIT_ORPHANED
+
+
+def test_a_process_ends_though_nobody_reads_what_it_says(tmp_path):
+    """A launcher that is killed takes the pipes of its processes with it."""
+    ready, (reader, writer) = tmp_path / "ready", os.pipe()
+    child = f"{OPENING}    pass\nwatchdog = begin(step=0); open({str(ready)!r}, 'w').close(); time.sleep(60)"
+    options = f"stderr=subprocess.PIPE, pass_fds=[{writer}], "
+    code = LAUNCHER.format(child=child).replace("env=", f"{options}env=")
+    launcher = subprocess.Popen([sys.executable, "-c", code], pass_fds=[writer])
+    os.close(writer)
+    while not ready.exists():
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    began = time.monotonic()
+    assert os.read(reader, 1) == b""  # its end closes when the process has ended
+    assert time.monotonic() - began < 20
+    os.close(reader)
