@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding
 from shardadam.layout import LeafPlan
 from shardadam.params import pack_params, widened
 from shardadam.plan import Plan
-from shardadam.precision import widest
+from shardadam.precision import is_narrower
 from shardadam.sharding import constrain, map_leaves, named_sharding, unpack_leaf
 from shardadam.transformation import ShardedTransformation
 
@@ -52,7 +52,7 @@ def begin_params(params: Any, plan: Plan, *, stage: int, master_dtype: Any, mesh
     dtype = jnp.dtype(master_dtype)
 
     def master_of(leaf: LeafPlan, x: Any, path: str) -> Any:
-        return _cast(x, dtype) if needs_master(leaf, dtype) else None
+        return _cast(x, dtype) if is_narrower(leaf.dtype, dtype) else None
 
     master = map_leaves(master_of, shards, plan)
     held = map_leaves(lambda leaf, x, path: _cast(x, leaf.dtype), shards if stage == 3 else params, plan)
@@ -81,11 +81,6 @@ def begin_opt_state(tx: Any, beginning: Beginning, plan: Plan, *, mesh: Mesh | N
 
     # Compiled, so that packed leaves that init only takes the shapes of are not gathered.
     return jax.jit(init)(beginning.optimized) if ours and mesh is not None else init(beginning.optimized)
-
-
-def needs_master(leaf: LeafPlan, dtype: Any) -> bool:
-    """Whether a parameter is narrower than masters of a dtype."""
-    return leaf.dtype != dtype and widest(leaf.dtype, dtype) == dtype
 
 
 def placed(mesh: Mesh, x: Any) -> bool:

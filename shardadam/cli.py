@@ -108,7 +108,7 @@ def _plan(args: argparse.Namespace, rest: Sequence[str]) -> int:
     from shardadam.trainer.build import plan_for
 
     with _log_to_stderr():
-        print(plan_for(config).report(config.optimizer.mu_dtype))
+        print(plan_for(config).report(config.optimizer.mu_dtype, config.train_step.master_dtype))
     return 0
 
 

@@ -15,7 +15,7 @@ class Estimate(NamedTuple):
     Attributes:
       param_bytes: of the parameters between steps.
       grad_bytes: of the gradients that reach the optimizer, in float32 as `value_and_grad` returns them.
-      state_bytes: of mu, nu and count.
+      state_bytes: of mu, nu, count and masters.
       reduce_bytes: sent to reduce the gradients once.
       gather_bytes: sent to gather the parameters in one step.
     """
@@ -38,6 +38,7 @@ def estimate_bytes(
     stage: Literal[1, 2, 3] = 2,
     reduce_dtype: Any = None,
     mu_dtype: Any = None,
+    master_dtype: Any = None,
     padding: bool = True,
 ) -> Estimate:
     r"""What one step costs each device, if every collective is the one the stage asks for.
@@ -54,7 +55,8 @@ def estimate_bytes(
       plan: of the parameters.
       stage: as for `make_train_step`.
       reduce_dtype: what gradients are reduced in; default: each leaf's own dtype.
-      mu_dtype: what mu is held in; default: each leaf's own dtype.
+      mu_dtype: what mu is held in; default: what nu is held in, which is each leaf's own dtype or the masters'.
+      master_dtype: of the masters of narrower parameters; default: there are none.
       padding: whether to count what packed leaves are padded with; without it, this is the least that any layout needs.
 
     Returns:
@@ -90,7 +92,7 @@ def estimate_bytes(
             reduced += (n - 1) * moved * reduced_width // n
         if leaf.num_shards > 1:
             gathered += (2 if stage == 3 else 1) * (n - 1) * moved * width // n
-    return Estimate(params, grads, plan.state_bytes_per_device(mu_dtype), reduced, gathered)
+    return Estimate(params, grads, plan.state_bytes_per_device(mu_dtype, master_dtype), reduced, gathered)
 
 
 def num_copies(leaf: LeafPlan, plan: Plan) -> int:

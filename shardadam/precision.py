@@ -16,3 +16,8 @@ def widest(first: Any, second: Any) -> np.dtype:
     """
     with jax.numpy_dtype_promotion("standard"):
         return np.dtype(jnp.promote_types(first, second))
+
+
+def is_narrower(dtype: Any, other: Any) -> bool:
+    """Whether another dtype holds all values of this one, and more: its parameters can have masters of the other."""
+    return np.dtype(dtype) != np.dtype(other) and widest(dtype, other) == np.dtype(other)

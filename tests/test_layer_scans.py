@@ -73,7 +73,7 @@ def as_nnx():
     return jax.tree.map(np.asarray, params), lambda params, x: nnx.merge(graphdef, params, rest)(x)
 
 
-@pytest.mark.parametrize(("make", "stage"), [(linen, 2), (linen, 3), (as_nnx, 2)])
+@pytest.mark.parametrize(("make", "stage"), [(linen, 2), (linen, 3), (as_nnx, 2), (as_nnx, 3)])
 def test_each_layer_is_reduced_inside_the_backward_scan(make, stage, data_mesh):
     params, apply = make()
     stacked = jax.tree_util.tree_map_with_path(lambda k, _: int(path_name(k).startswith("layers")), params)

@@ -77,10 +77,19 @@ def test_equal_to_optax_on_one_device(name, layout):
     map_leaves(unmoved, state.params, state.plan)
 
 
-@pytest.mark.parametrize("options", [{"stage": 1}, {"num_microbatches": 7}, {"collective": "per_axis"}], ids=str)
-def test_options_do_not_change_the_result(options):
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("natural", {"stage": 1}),
+        ("packed", {"stage": 1}),
+        ("packed", {"num_microbatches": 7}),
+        ("packed", {"collective": "per_axis"}),
+    ],
+    ids=str,
+)
+def test_options_do_not_change_the_result(layout, options):
     wanted, _, _ = one_device(optax.adam(1e-2))
-    state, _, _ = train("two axes", "packed", **options)
+    state, _, _ = train("two axes", layout, **options)
     assert_close(state.params, wanted)
 
 

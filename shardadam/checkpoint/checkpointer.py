@@ -174,8 +174,9 @@ class Checkpointer:
         Args:
           like: a state, or the same tree of `jax.ShapeDtypeStruct`s with shardings. It is not changed.
           step: which to restore, or an error if it is damaged; default: the newest that is not.
-          verify: "files": every file is read once more and compared with the seal before anything is loaded; "full": so
-            are the digests of the leaves when they are in their places; False: neither, and no seal is needed.
+          verify: "files": every file is compared with the seal, the small ones before anything is loaded, large ones
+            meanwhile; "full": so are the digests of the leaves when they are in their places; False: neither, and no
+            seal is needed.
 
         Returns:
           A tree like `like`. Its arrays are new and can be donated; those that `like` holds uncommitted are

@@ -26,6 +26,7 @@ from shardadam.mixing import (
     terms_of,
 )
 
+_TOGETHER = 16  # Leaves that one program sums: starting one for each would take longer than all else that `start` does.
 _CHUNK = 2**18  # Elements that `host_digest` takes at a time: what numpy makes of them stays in the cache.
 
 
@@ -68,21 +69,53 @@ def digests(slots: Iterable[Slot], key: str = "digests") -> list[Digest]:
     return finish(start(slots), key)
 
 
-def start(slots: Iterable[Slot]) -> list[Any]:
+class Started(NamedTuple):
+    """Digests under way.
+
+    Attributes:
+      num_leaves: how many.
+      on_host: the sums of leaves on the host, by the leaf's place among all.
+      on_devices: the places of some leaves, and their sums, uint32[num_devices, leaves, 3].
+    """
+
+    num_leaves: int
+    on_host: dict[int, np.ndarray]
+    on_devices: list[tuple[list[int], jax.Array]]
+
+
+def start(slots: Iterable[Slot]) -> Started:
     """Begins `digests`, and waits for nothing that is on devices: the leaves may be donated once this returns.
 
     There is no collective in it, so that it can be under way beside a train step.
     """
-    return [_started(slot) for slot in slots]
+    slots = list(slots)
+    on_host: dict[int, np.ndarray] = {}
+    kinds: dict[Any, list[tuple[int, jax.Array, Any]]] = {}
+    for place, slot in enumerate(slots):
+        x, packed, shape = _on_devices(slot)
+        if isinstance(x, np.ndarray):
+            on_host[place] = _unfinished(host_digest(x, slot.path))
+            continue
+        sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
+        seed = _seed(sharding, slot.path, shape, np.dtype(x.dtype))
+        kinds.setdefault((sharding, packed, x.shape, x.dtype), []).append((place, x, seed))
+    on_devices = []
+    for (sharding, packed, *_), leaves in kinds.items():
+        for first in range(0, len(leaves), _TOGETHER):
+            places, xs, seeds = zip(*leaves[first : first + _TOGETHER], strict=True)
+            on_devices.append((list(places), _summer(sharding, packed)(xs, seeds)))
+    return Started(len(slots), on_host, on_devices)
 
 
-def finish(started: Sequence[Any], key: str) -> list[Digest]:
-    """Waits for what `start` began. All processes call it; what travels is 12 bytes a leaf and process."""
-    sums = np.array([_own_sums(x) for x in started], np.uint32).reshape(-1, 3)
+def finish(started: Started, key: str) -> list[Digest]:
+    """Waits for what `start` began. All processes call it; what travels is three numbers a leaf and process."""
+    sums = np.zeros((started.num_leaves, 3), np.uint32)
+    for places, x in started.on_devices:
+        sums[places] = np.concatenate([np.asarray(shard.data) for shard in x.addressable_shards]).sum(0, np.uint32)
     if jax.process_count() > 1:
-        everyone = np.array(on_every_process(key, sums.tolist), np.uint32)
-        on_host = np.array([isinstance(x, np.ndarray) for x in started], np.bool_)[:, None]
-        sums = np.where(on_host, sums, everyone.sum(0, dtype=np.uint32))
+        sums = np.array(on_every_process(key, sums.tolist), np.uint32).sum(0, np.uint32)
+    for place, own in started.on_host.items():
+        sums[place] = own
     return [_finished(row) for row in sums]
 
 
@@ -110,14 +143,12 @@ def host_digest(x: np.ndarray | Any, path: str) -> Digest:
     return _finished(total)
 
 
-def _started(slot: Slot) -> Any:
-    """The sums of one leaf, under way on its devices; done already where it is on the host."""
-    x = slot.like
+def _on_devices(slot: Slot) -> tuple[jax.Array | np.ndarray, Packing | None, tuple[int, ...]]:
+    """A leaf as its devices sum it, how it is packed, and its logical shape; a host array where it is on the host."""
+    x, packed, shape = slot.like, slot.packed, slot.shape
     # Of an array that only this process knows, every process has its own, which in a sum would count several times.
     if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
-        data = np.asarray(jax.random.key_data(x) if is_key(slot.dtype) else x)
-        return _unfinished(host_digest(data, slot.path))
-    packed, shape = slot.packed, slot.shape
+        return np.asarray(jax.random.key_data(x) if is_key(slot.dtype) else x), None, shape
     if is_key(slot.dtype):
         x = jax.random.key_data(x)
         shape = x.shape
@@ -127,21 +158,12 @@ def _started(slot: Slot) -> Any:
             x, packed = slot.to_disk(), None
     if is_offloaded(x.sharding):
         x = jax.device_put(x, x.sharding.with_memory_kind(default_memory_kind(x.sharding)))
-    sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
-    return _summer(sharding, packed)(x, _seed(sharding, slot.path, shape, np.dtype(x.dtype)))
-
-
-def _own_sums(x: Any) -> np.ndarray:
-    """The sums of what this process has of a leaf."""
-    if isinstance(x, np.ndarray):
-        return x
-    parts = np.concatenate([np.asarray(shard.data).reshape(-1, 3) for shard in x.addressable_shards])
-    return parts.sum(0, dtype=np.uint32)
+    return x, packed, shape
 
 
 @functools.cache
 def _seed(sharding: NamedSharding | None, path: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array | np.ndarray:
-    """A leaf's seed where the leaf is: putting it there takes longer than all else that `start` does."""
+    """A leaf's seed where the leaf is, put there once."""
     seed = leaf_seed(path, shape, dtype)
     if sharding is None or isinstance(sharding.mesh, AbstractMesh):
         return seed
@@ -149,40 +171,47 @@ def _seed(sharding: NamedSharding | None, path: str, shape: tuple[int, ...], dty
 
 
 @functools.cache
-def _summer(sharding: NamedSharding | None, packed: Packing | None) -> Callable[[jax.Array, Any], jax.Array]:
-    """Compiled once for a sharding and layout: (x, seed) -> uint32[num_devices, 3], the two sums and the count.
+def _summer(sharding: NamedSharding | None, packed: Packing | None) -> Callable[[Any, Any], jax.Array]:
+    """Compiled once for a sharding and layout: (leaves, seeds) -> uint32[num_devices, leaves, 3].
 
     Of what has copies, the first one is read, and the others add nothing.
     """
     if sharding is None or isinstance(sharding.mesh, AbstractMesh):
-        return jax.jit(lambda x, seed: block_sums(x, seed, natural(x.shape, [0] * x.ndim, x.shape), x.shape)[None])
+
+        def whole(x: jax.Array, seed: Any) -> jax.Array:
+            return block_sums(x, seed, natural(x.shape, [0] * x.ndim, x.shape), x.shape)
+
+        return jax.jit(lambda xs, seeds: jnp.stack([whole(x, seed) for x, seed in zip(xs, seeds, strict=True)])[None])
     mesh, spec = sharding.mesh, sharding.spec
+    used = {axis for dim in entries(P(*spec), len(spec)) for axis in dim}
+    copies = tuple(axis for axis in mesh.axis_names if axis not in used)
 
-    def total(x: jax.Array, seed: jax.Array) -> jax.Array:
-        split = entries(P(*spec), x.ndim)
-        used = {axis for dim in split for axis in dim}
-        copies = tuple(axis for axis in mesh.axis_names if axis not in used)
-        shape = x.shape if packed is None else packed.leaf.shape
+    def total(xs: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
+        def sums(blocks: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
+            return jnp.stack([_block_sums(*row, packed, spec) for row in zip(blocks, xs, seeds, strict=True)])
 
-        def sums(block: jax.Array, seed: jax.Array) -> jax.Array:
-            if packed is None:
-                offsets = [_index(dim) * np.uint32(size) for dim, size in zip(split, block.shape, strict=True)]
-                return block_sums(block, seed, natural(block.shape, offsets, shape), shape)
-            coordinates, valid = _packed(block.shape, packed)
-            return block_sums(block, seed, coordinates, shape, valid)
-
-        def own(block: jax.Array, seed: jax.Array) -> jax.Array:
+        def own(blocks: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
             if not copies:
-                return sums(block, seed)[None]
+                return sums(blocks, seeds)[None]
             first = jax.lax.axis_index(copies) == 0
-            return jax.lax.cond(first, sums, lambda *_: jnp.zeros(3, jnp.uint32), block, seed)[None]
+            return jax.lax.cond(first, sums, lambda *_: jnp.zeros((len(xs), 3), jnp.uint32), blocks, seeds)[None]
 
         # Manual, so that Auto and Explicit axes go one way.
         return jax.shard_map(own, mesh=mesh, in_specs=(spec, P()), out_specs=P(mesh.axis_names), check_vma=False)(
-            x, seed
+            xs, seeds
         )
 
     return jax.jit(total)
+
+
+def _block_sums(block: jax.Array, x: jax.Array, seed: jax.Array, packed: Packing | None, spec: P) -> jax.Array:
+    """The sums of a device's block of a leaf `x`, of which only the shape matters."""
+    if packed is not None:
+        coordinates, valid = _packed(block.shape, packed)
+        return block_sums(block, seed, coordinates, packed.leaf.shape, valid)
+    split = entries(P(*spec), x.ndim)
+    offsets = [_index(dim) * np.uint32(size) for dim, size in zip(split, block.shape, strict=True)]
+    return block_sums(block, seed, natural(block.shape, offsets, x.shape), x.shape)
 
 
 def _packed(block: tuple[int, ...], packed: Packing) -> tuple[list[Coordinate], Any]:

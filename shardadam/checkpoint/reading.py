@@ -22,7 +22,12 @@ def committed_steps(directory: epath.Path) -> list[int]:
 
 
 def saved_leaves(step_directory: epath.Path) -> Mapping[tuple[str, ...], Any]:
-    """Orbax's metadata of each leaf of a saved state: shape and dtype, by the names of its keypath.
+    """Orbax's metadata of each leaf of a saved state: shape and dtype, by the names of its keypath."""
+    return ocp.tree.to_flat_dict(saved_tree(step_directory))
+
+
+def saved_tree(step_directory: epath.Path) -> Any:
+    """The tree of a saved state as it is on disk, which may have other containers than the state, of Orbax's metadata.
 
     Raises:
       CheckpointError: the step holds no state that `Checkpointer` saved.
@@ -35,21 +40,22 @@ def saved_leaves(step_directory: epath.Path) -> Mapping[tuple[str, ...], Any]:
         )
     # The handler itself: an Orbax Checkpointer would log that the item lacks the metadata that only a step has.
     with _naming(step_directory):
-        return ocp.tree.to_flat_dict(ocp.StandardCheckpointHandler().metadata(step_directory / STATE).tree)
+        return ocp.StandardCheckpointHandler().metadata(step_directory / STATE).tree
 
 
-def read_state(step_directory: epath.Path, targets: Mapping[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+def read_state(
+    step_directory: epath.Path, tree: Any, targets: Mapping[tuple[str, ...], Any]
+) -> dict[tuple[str, ...], Any]:
     """Loads the leaves of a state by the names of their keypaths.
 
     Args:
       step_directory: of the step.
+      tree: its `saved_tree`.
       targets: for every leaf on disk its shape, dtype and sharding, as Orbax takes it.
     """
     # The handler itself: an Orbax Checkpointer would wait for the other processes, though one of them may have failed.
     handler = ocp.PyTreeCheckpointHandler()
     with _naming(step_directory):
-        # The tree on disk, not that of the state wanted, which may have other containers.
-        tree = handler.metadata(step_directory / STATE).tree
         target = jax.tree_util.tree_map_with_path(
             lambda keypath, _: targets[ocp.tree.str_keypath(keypath)], tree, is_leaf=lambda x: hasattr(x, "shape")
         )

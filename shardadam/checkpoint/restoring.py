@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
@@ -17,7 +18,14 @@ from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.slots import slots
 from shardadam.checkpoint.steps import Steps, short
 from shardadam.checkpoint.together import all_succeed, on_every_process, on_process_zero
-from shardadam.checkpoint.verify import chunk_faults, file_faults, leaf_faults, read_seal, shape_faults
+from shardadam.checkpoint.verify import (
+    begin_file_faults,
+    chunk_faults,
+    file_faults,
+    leaf_faults,
+    read_seal,
+    shape_faults,
+)
 from shardadam.plan import Plan
 
 Verify = Literal["files", "full", False]
@@ -96,11 +104,25 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
       Damaged: it is not what its seal says.
       CheckpointError: it holds another tree, shape or dtype than is wanted.
     """
+    if not verify:
+        on_process_zero(steps.key("files"), lambda: list_files(steps.path(step)))  # Refuses links, which lead anywhere.
+        return _read_step(steps, step, like, plan, None, verify)
+    seal = _seal(steps, step)
+    known, others = begin_file_faults(steps, seal)
+    _refuse(known)
+    try:
+        state = _read_step(steps, step, like, plan, seal, verify)
+    except Exception:
+        _refuse(others())  # What is damaged may be misread in any way.
+        raise
+    _refuse(others())
+    return state
+
+
+def _read_step(steps: Steps, step: int, like: Any, plan: Plan | None, seal: Seal | None, verify: Verify) -> Any:
     path = steps.path(step)
-    seal = _verified_seal(steps, step) if verify else None
-    if seal is None:
-        on_process_zero(steps.key("files"), lambda: list_files(path))  # Refuses links, which may lead anywhere.
-    saved = all_succeed(steps.key("metadata"), lambda: reading.saved_leaves(path))
+    tree = all_succeed(steps.key("metadata"), lambda: reading.saved_tree(path))
+    saved = ocp.tree.to_flat_dict(tree)
     _refuse(chunk_faults(saved) + ([] if seal is None else shape_faults(saved, seal)))
     target = as_saved(like, saved)
     wanted = list(slots(target, plan))
@@ -110,7 +132,7 @@ def restore_step(steps: Steps, step: int, like: Any, plan: Plan | None, verify: 
         slot.names: np.zeros((), saved[slot.names].dtype) if number else slot.target()
         for slot, number in zip(wanted, numbers, strict=True)
     }
-    found = all_succeed(steps.key("state"), lambda: reading.read_state(path, targets))
+    found = all_succeed(steps.key("state"), lambda: reading.read_state(path, tree, targets))
     leaves = []
     for slot, number in zip(wanted, numbers, strict=True):
         x = found.pop(slot.names)  # A leaf as it was on disk goes as soon as the one in its layout is there.
@@ -133,7 +155,7 @@ def read_extra(steps: Steps, step: int | None) -> Any:
     """
     step = chosen(steps, step, sealed=False)
     if on_process_zero(steps.key("has a seal"), lambda: step in steps.seals()):
-        _verified_seal(steps, step, below=f"{reading.EXTRA}/")
+        _refuse(file_faults(steps, _seal(steps, step), below=f"{reading.EXTRA}/"))
     return reading.read_extra(steps.path(step))
 
 
@@ -169,14 +191,12 @@ def without_seal(steps: Steps, step: int) -> str:
     )
 
 
-def _verified_seal(steps: Steps, step: int, below: str = "") -> Seal:
-    """The seal of a step whose files, or those below a path in it, are what it says."""
+def _seal(steps: Steps, step: int) -> Seal:
+    """A step's seal, if it is whole."""
     try:
-        seal = read_seal(steps, step)
+        return read_seal(steps, step)
     except CheckpointError as error:
         raise Damaged(str(error)) from None
-    _refuse(file_faults(steps, seal, below=below))
-    return seal
 
 
 def _refuse(faults: Sequence[str]) -> None:

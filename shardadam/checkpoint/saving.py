@@ -85,13 +85,13 @@ class Saver:
                 self._retain()
 
         with self._surfacing("start"):
-            started = start(parts)  # Before Orbax copies, so that devices compute meanwhile.
             manager = self._manager = self._manager or ocp.CheckpointManager(self._steps.directory)
             if not manager.save(draft.step, args=args):
                 raise CheckpointError(
                     f"step {draft.step}: Orbax did not save it in {self._steps.directory}, which holds "
                     f"{short(self._steps.sealed())}"
                 )
+            started = start(parts)  # After Orbax has copied, which it would contend with.
         if self.step is not None:
             self._sealing = Sealing(manager.wait_until_finished, seal)
             self._sealing.start()

@@ -16,11 +16,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from shardadam.checkpoint.digest import finish
+from shardadam.checkpoint.digest import Started, finish
 from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.match import CheckpointError, NotFiniteError
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
-from shardadam.checkpoint.steps import Steps, is_local, sync_directory
+from shardadam.checkpoint.steps import Steps, is_local, sync_directory, sync_file
 from shardadam.checkpoint.together import on_every_process, on_process_zero
 
 _THREADS = 4  # hashlib gives the GIL back while it hashes.
@@ -58,7 +58,7 @@ class Sealing(threading.Thread):
 
 
 def sealed_leaves(
-    steps: Steps, described: Sequence[tuple[str, tuple[int, ...], str]], started: Sequence[Any]
+    steps: Steps, described: Sequence[tuple[str, tuple[int, ...], str]], started: Started
 ) -> dict[str, SealedLeaf]:
     """What a seal says of each leaf, as process 0 knows it. All processes call this; it waits for the digests.
 
@@ -115,7 +115,8 @@ def write_seal(steps: Steps, draft: Seal) -> Seal:
       OSError: a file cannot be read, or the seal not be written; in the other processes a CheckpointError.
     """
     path = steps.path(draft.step)
-    files = hash_together(steps, path, on_process_zero(steps.key("to seal"), lambda: list_files(path)))
+    names = on_process_zero(steps.key("to seal"), lambda: list_files(path))
+    files = hash_together(steps.key("hashes"), path, names, durably=True)
 
     def write() -> str:
         for directory in [*_directories(path), path.parent]:
@@ -128,13 +129,16 @@ def write_seal(steps: Steps, draft: Seal) -> Seal:
     return Seal.from_text(on_process_zero(steps.key("sealed"), write))
 
 
-def hash_together(steps: Steps, path: epath.Path, names: Mapping[str, int]) -> dict[str, SealedFile]:
-    """The size and SHA-256 of files, each read, and made durable, by one of the processes. All call it.
+def hash_together(
+    key: str, path: epath.Path, names: Mapping[str, int], *, durably: bool = False
+) -> dict[str, SealedFile]:
+    """The size and SHA-256 of files, each read by one of the processes. All call it.
 
     Args:
-      steps: of the directory.
+      key: a name for what the processes say to each other, see `together`.
       path: the step's.
       names: each file's size, by its path there; the same on every process.
+      durably: whether to see to it, meanwhile, that the files are on the disk.
 
     Raises:
       OSError: a file cannot be read; in the other processes a CheckpointError.
@@ -142,19 +146,20 @@ def hash_together(steps: Steps, path: epath.Path, names: Mapping[str, int]) -> d
     mine = _shares(names, jax.process_count())[jax.process_index()]
 
     def hash_mine() -> dict[str, SealedFile]:
-        with ThreadPoolExecutor(_THREADS) as pool:
-            return dict(zip(mine, pool.map(lambda name: hash_file(path / name), mine), strict=True))
+        with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_THREADS) as waiting:
+            synced = waiting.map(lambda name: sync_file(path / name), mine if durably else [])
+            found = dict(zip(mine, pool.map(lambda name: hash_file(path / name), mine), strict=True))
+            list(synced)  # Raises what went wrong.
+        return found
 
-    answers = on_every_process(steps.key("hashes"), hash_mine)
+    answers = on_every_process(key, hash_mine)
     return {name: SealedFile(*file) for answer in answers for name, file in answer.items()}
 
 
 def hash_file(path: epath.Path) -> SealedFile:
-    """A file's size and SHA-256; it is on the disk when this returns."""
+    """A file's size and SHA-256."""
     checksum, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        if is_local(path):
-            os.fsync(file.fileno())
         while block := file.read(_BLOCK):
             checksum.update(block)
             size += len(block)

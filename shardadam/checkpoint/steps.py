@@ -67,13 +67,16 @@ class Steps:
             return sorted(int(name) for name in names if name.isdecimal())
         return []
 
-    def unsealed(self) -> list[int]:
-        """The steps that Orbax committed and nobody sealed, ascending.
+    def unsealed(self, at_least: int = 0) -> list[int]:
+        """The steps, from one on, that Orbax committed and nobody sealed, ascending.
 
         Of an older shardadam or plain Orbax, or of a process that was killed before it could write the seal.
         """
         seals = self.seals()
-        return [step for step in reading.committed_steps(self.directory) if step not in seals]
+        names = [path.name for path in self.directory.iterdir()] if self.directory.exists() else []
+        if not any(name.isdecimal() and int(name) >= at_least and int(name) not in seals for name in names):
+            return []  # Orbax's list takes a thread for each step.
+        return [step for step in reading.committed_steps(self.directory) if step >= at_least and step not in seals]
 
     def read_seal(self, step: int) -> Seal:
         """The seal of a step.
@@ -194,7 +197,8 @@ def make_room(steps: Steps, step: int) -> None:
             f"step {step}: not saved: {steps.directory} holds {short(saved)} already; steps must ascend. Restore "
             "the latest and go on from there, or save in another directory"
         )
-    in_the_way = sorted(left for left in {*steps.unsealed(), *steps.seals()} - set(saved) if left >= step)
+    lost = [left for left in steps.seals() if left not in saved and left >= step]
+    in_the_way = sorted([*steps.unsealed(at_least=step), *lost])
     seals = steps.seal_path(step).parent
     if in_the_way and not seals.exists():
         raise CheckpointError(
@@ -248,6 +252,13 @@ def write_durably(path: epath.Path, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
     sync_directory(path.parent)
+
+
+def sync_file(path: epath.Path) -> None:
+    """Makes what was written to a file survive a loss of power."""
+    if is_local(path):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def sync_directory(path: epath.Path) -> None:

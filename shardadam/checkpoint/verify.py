@@ -1,7 +1,8 @@
 """Is a step what its seal says? Its files byte for byte, and its leaves digest by digest."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,11 +13,13 @@ from shardadam.checkpoint import reading
 from shardadam.checkpoint.digest import digests, host_digest
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key
 from shardadam.checkpoint.match import CheckpointError
-from shardadam.checkpoint.seal import Seal, SealedLeaf
+from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
 from shardadam.checkpoint.sealing import hash_together, list_files
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, item_tree, read
 from shardadam.checkpoint.together import on_process_zero
+
+_LARGE = 2**20  # Bytes of a file from which on it is worth a thread.
 
 
 def read_seal(steps: Steps, step: int) -> Seal:
@@ -39,28 +42,49 @@ def file_faults(steps: Steps, seal: Seal, *, below: str = "") -> list[str]:
     Returns:
       For each fault one line. Without any, exactly the files that were sealed are there, with every bit.
     """
+    known, others = begin_file_faults(steps, seal, below=below)
+    return known or others()
+
+
+def begin_file_faults(steps: Steps, seal: Seal, *, below: str = "") -> tuple[list[str], Callable[[], list[str]]]:
+    """`file_faults`, the large files in the background, so that they can be read meanwhile.
+
+    Returns:
+      The faults that are known at once: a file that is missing, in excess or of another size, and small ones, such as
+      all metadata, that do not have every bit. And a function that waits for those of the large files.
+    """
     path = steps.path(seal.step)
     try:
         there = on_process_zero(steps.key("files"), lambda: list_files(path))
     except (OSError, CheckpointError) as error:
-        return [str(error)]
+        return [str(error)], list
     wanted = {name: file for name, file in seal.files.items() if name.startswith(below)}
     there = {name: size for name, size in there.items() if name.startswith(below)}
     faults = [f"{name}: is not there" for name in wanted if name not in there]
     faults += [f"{name}: was not there when the step was sealed" for name in there if name not in wanted]
-    both = {name: size for name, size in there.items() if name in wanted}
     faults += [
         f"{name}: has {size} bytes, sealed with {wanted[name].size}"
-        for name, size in both.items()
-        if size != wanted[name].size
+        for name, size in there.items()
+        if name in wanted and size != wanted[name].size
     ]
-    if faults:
-        return faults  # What is damaged already need not be hashed.
+    small = {name: file for name, file in wanted.items() if file.size < _LARGE}
+    large = {name: file for name, file in wanted.items() if file.size >= _LARGE}
+    # What is damaged already need not be hashed.
+    faults = faults or _content_faults(steps.key("small files"), path, small)
+    if faults or not large:
+        return faults, list
+    pool = ThreadPoolExecutor(1)
+    others = pool.submit(_content_faults, steps.key("large files"), path, large)
+    pool.shutdown(wait=False)
+    return [], others.result
+
+
+def _content_faults(key: str, path: epath.Path, wanted: Mapping[str, SealedFile]) -> list[str]:
     try:
-        found = hash_together(steps, path, both)
+        found = hash_together(key, path, {name: file.size for name, file in wanted.items()})
     except (OSError, CheckpointError) as error:
         return [str(error)]
-    return [f"{name}: its bytes are not those that were sealed" for name in both if found[name] != wanted[name]]
+    return [f"{name}: its bytes are not those that were sealed" for name in wanted if found[name] != wanted[name]]
 
 
 def shape_faults(saved: Mapping[tuple[str, ...], Any], seal: Seal) -> list[str]:

@@ -273,6 +273,7 @@ def _record(config: TrainConfig, corpus: Corpus, state: shardadam.TrainState) ->
         "eval_tokens": len(corpus.eval),
     }
     if jax.process_index() == 0:
-        write_run(config, sha256=corpus.sha256, report=plan.report(config.optimizer.mu_dtype), facts=facts)
+        report = plan.report(config.optimizer.mu_dtype, config.train_step.master_dtype)
+        write_run(config, sha256=corpus.sha256, report=report, facts=facts)
     told = "{num_params:,} parameters on {mesh} ({device}), {train_tokens:,} training tokens".format(**facts)
     log.info("%s: %s, sha256 %s...", run_directory(config), told, corpus.sha256[:16])

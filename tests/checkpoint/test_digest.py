@@ -173,7 +173,7 @@ def test_nothing_is_gathered(data_mesh):
     packed = Packing(leaf, data_mesh)
     x = jax.device_put(jnp.zeros(leaf.state_shape), packed.sharding)
     for packing in (None, packed):
-        assert not collectives(digest._summer(packed.sharding, packing).lower(x, np.zeros(2, np.uint32)).compile())
+        assert not collectives(digest._summer(packed.sharding, packing).lower([x], [np.zeros(2, np.uint32)]).compile())
 
 
 def test_arrays_in_host_memory(data_mesh):
