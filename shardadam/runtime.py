@@ -1,5 +1,6 @@
 """Several processes as one program: joining them, agreeing on a value, leaving when one cannot go on."""
 
+import contextlib
 import os
 import sys
 import threading
@@ -198,8 +199,7 @@ def _next_key(name: str) -> str:
 
 def leave(code: int) -> NoReturn:
     """Ends this process at once, as one of several: its exit handlers would wait for the others, and they for it."""
-    try:
+    with contextlib.suppress(OSError, ValueError):  # Where the launcher is gone, so is who reads its pipes.
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:  # Where the launcher is gone, so is who reads its pipes.
-        os._exit(code)
+    os._exit(code)

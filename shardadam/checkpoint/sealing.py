@@ -24,7 +24,7 @@ from shardadam.checkpoint.steps import Steps, is_local, sync_directory, sync_fil
 from shardadam.checkpoint.together import on_every_process, on_process_zero
 
 _THREADS = 4  # hashlib gives the GIL back while it hashes.
-_BLOCK = 2**22  # bytes
+_BLOCK = 2**20  # bytes
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "optax", "numpy", "shardadam")
 
 
