@@ -11,6 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
+from once import made_once
 
 from shardadam import Checkpointer, audit
 from shardadam.checkpoint.digest import host_digest
@@ -37,8 +38,8 @@ def launch(what, directory, *, processes, devices, **environment):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The directory, and the digests that the four processes had in memory."""
-    directory = tmp_path_factory.mktemp("any-mesh")
-    return directory, launch("save", directory, processes=4, devices=2)
+    directory = made_once(tmp_path_factory, "any-mesh", lambda path: launch("save", path, processes=4, devices=2))
+    return directory, json.loads((directory / "save-4.json").read_text())
 
 
 @pytest.mark.parametrize("kind", program.DTYPES)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import processes_program
 import pytest
 from conftest import make_mesh
+from once import made_once
 from trees import logical
 
 from shardadam import Checkpointer, audit
@@ -19,20 +21,21 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, data_mesh):
-    """Results by the number of processes. Each restores what the one before it saved: 4 what 1 did, 2 what 4 did."""
-    directory = tmp_path_factory.mktemp("processes")
-    seed = directory / "1"
+    """Results by the number of processes."""
+    directory = made_once(tmp_path_factory, "processes", partial(run_all, data_mesh))
+    return directory, {processes: dict(np.load(directory / f"{processes}.npz")) for processes in (1, 2, 4)}
+
+
+def run_all(mesh, directory):
+    """Each restores what the one before it saved: 4 what 1 did, 2 what 4 did, and 1 what 2 did."""
     with jax.numpy_dtype_promotion("standard"):
-        state, _ = processes_program.trained(data_mesh)
-        with Checkpointer(seed) as checkpointer:
+        state, _ = processes_program.trained(mesh)
+        with Checkpointer(directory / "1") as checkpointer:
             checkpointer.save(int(state.step), state)
-        found = {}
         for processes, before in ((4, 1), (2, 4)):
             arguments = [directory / f"{processes}.npz", directory / str(before), directory / str(processes)]
             launch(processes, *map(str, arguments))
-            found[processes] = dict(np.load(arguments[0]))
-        found[1] = processes_program.results(data_mesh, directory / "2", directory / "alone")
-    return directory, found
+        np.savez(directory / "1.npz", **processes_program.results(mesh, directory / "2", directory / "alone"))
 
 
 def launch(processes, *arguments):
