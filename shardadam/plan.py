@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.layout import LeafPlan, entries, plan_leaf
-from shardadam.precision import is_narrower
+from shardadam.precision import state_itemsize
 
 DEFAULT_MIN_SIZE = 1024  # Below it, latency costs more than the bytes are worth.
 
@@ -77,17 +77,21 @@ class Plan:
           master_dtype: of the masters of narrower parameters, whose nu is held in it, too; default: there are none, and
             nu is in the parameter's dtype.
         """
-        return 4 + sum(p.elements_per_device * _itemsize(p, mu_dtype, master_dtype) for p in self.leaves.values())
+        return 4 + sum(
+            p.elements_per_device * state_itemsize(p.dtype, mu_dtype, master_dtype) for p in self.leaves.values()
+        )
 
     def replicated_state_bytes(self, mu_dtype: Any = None, master_dtype: Any = None) -> int:
         """The same where they follow the parameters, as optax.adam's do."""
-        return 4 + sum(p.size // p.num_parts * _itemsize(p, mu_dtype, master_dtype) for p in self.leaves.values())
+        return 4 + sum(
+            p.size // p.num_parts * state_itemsize(p.dtype, mu_dtype, master_dtype) for p in self.leaves.values()
+        )
 
     def report(self, mu_dtype: Any = None, master_dtype: Any = None) -> str:
         """A table for people: each leaf's layout, spec, bytes per device and the reason, then the totals."""
         rows = [("leaf", "shape", "dtype", "params", "state", "layout", "bytes/device", "why")]
         for path, p in self.items:
-            size = f"{p.elements_per_device * _itemsize(p, mu_dtype, master_dtype):,}"
+            size = f"{p.elements_per_device * state_itemsize(p.dtype, mu_dtype, master_dtype):,}"
             shape = "x".join(map(str, p.shape)) or "()"
             rows.append(
                 (path, shape, p.dtype.name, _short(p.param_spec), _short(p.state_spec), p.layout, size, p.reason)
@@ -215,15 +219,6 @@ def spec_of(x: Any) -> P:
 
 def _dtype(x: Any) -> np.dtype:
     return np.dtype(jax.dtypes.canonicalize_dtype(x.dtype if hasattr(x, "dtype") else jnp.result_type(x)))
-
-
-def _itemsize(leaf: LeafPlan, mu_dtype: Any, master_dtype: Any) -> int:
-    """Bytes of one element's mu, nu and master."""
-    nu, master = leaf.dtype, 0
-    if master_dtype is not None and is_narrower(leaf.dtype, master_dtype):
-        nu = np.dtype(master_dtype)
-        master = nu.itemsize
-    return (nu if mu_dtype is None else np.dtype(mu_dtype)).itemsize + nu.itemsize + master
 
 
 def _short(spec: P) -> str:

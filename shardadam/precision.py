@@ -1,4 +1,4 @@
-"""Which of two dtypes is wider, also where users forbid JAX to promote one to the other."""
+"""Dtypes: which of two is wider, also where users forbid JAX to promote; how many bytes the state takes in them."""
 
 from typing import Any
 
@@ -21,3 +21,12 @@ def widest(first: Any, second: Any) -> np.dtype:
 def is_narrower(dtype: Any, other: Any) -> bool:
     """Whether another dtype holds all values of this one, and more: its parameters can have masters of the other."""
     return np.dtype(dtype) != np.dtype(other) and widest(dtype, other) == np.dtype(other)
+
+
+def state_itemsize(dtype: Any, mu_dtype: Any = None, master_dtype: Any = None) -> int:
+    """Bytes of mu, nu and master of one element of a parameter; see `Plan.state_bytes_per_device`."""
+    nu, master = np.dtype(dtype), 0
+    if master_dtype is not None and is_narrower(dtype, master_dtype):
+        nu = np.dtype(master_dtype)
+        master = nu.itemsize
+    return (nu if mu_dtype is None else np.dtype(mu_dtype)).itemsize + nu.itemsize + master

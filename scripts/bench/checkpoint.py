@@ -34,8 +34,8 @@ steps and are given the same arrays. The variants take turns, each round beginni
 over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint --write`.
 
 - *stall*: until `save` returns. *save*: until the step is committed, and for shardadam sealed.
-- *restore*: into the shardings of the state; shardadam's verifies every file first, *unverified* does not, *full* also
-  compares the digests of the leaves in memory. Files are in the page cache, for all alike.
+- *restore*: into the shardings of the state; shardadam's verifies every file, large ones while they are read;
+  *unverified* does not; *full* also compares the digests of the leaves in memory. Files are in the page cache, for all.
 - *digest*: the digests of all leaves alone, as a save computes them. *disk*: as many bytes in one file, written with
   fsync, and read back. *CPU*: seconds of all cores.
 

@@ -14,6 +14,7 @@ import pytest
 from conftest import make_mesh
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from test_save_faults import at_the_next_step
 
 import shardadam
 from shardadam.checkpoint import Checkpointer, CheckpointError, NotFiniteError, sealing
@@ -119,13 +120,6 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path, value, on_error):
     assert Steps(checkpointer.directory).read_seal(4).num_nonfinite == 2
     with pytest.raises(NotFiniteError, match=refused), Checkpointer(tmp_path / "other", on_error=on_error) as closed:
         closed.save(3, bad)
-
-
-def at_the_next_step(checkpointer):
-    """What a training loop does: it asks after every step."""
-    for _ in range(1000):
-        checkpointer.check()
-        time.sleep(0.01)
 
 
 def test_a_seal_is_of_what_was_saved_though_it_is_donated_at_once(tmp_path):
