@@ -12,10 +12,8 @@ from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
-from shardadam.checkpoint import reading
 from shardadam.checkpoint.adopting import adopt
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.match import CheckpointError
@@ -27,6 +25,7 @@ from shardadam.checkpoint.shared import check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
 from shardadam.checkpoint.steps import Steps, delete_old
 from shardadam.checkpoint.together import on_process_zero
+from shardadam.checkpoint.writing import to_write
 from shardadam.plan import Plan
 
 State = TypeVar("State")
@@ -58,6 +57,8 @@ class Checkpointer:
       config: the run's, kept in every seal; anything that JSON holds.
       on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's. That a state
         is not finite is always raised.
+      compress: array files by zstd, as plain Orbax does: of float32 8% smaller, of bfloat16 22%, and saved and restored
+        in about twice the processor time. Steps of either kind are read alike.
 
     Attributes:
       damaged: what `restore` found damaged, and where it is now.
@@ -83,6 +84,7 @@ class Checkpointer:
         run_id: str | None = None,
         config: Any = None,
         on_error: Literal["raise", "warn"] = "raise",
+        compress: bool = False,
     ) -> None:
         if max_to_keep is not None and max_to_keep < 2:
             raise ValueError(f"max_to_keep: got {max_to_keep}, wanted 2 or more, or None to keep all")
@@ -105,7 +107,8 @@ class Checkpointer:
             check_shared(Path(self.directory))
             lock = WriterLock(Path(self.directory), self._run_id)
             weakref.finalize(self, lock.release)  # Also at the interpreter's end.
-        self._saver = Saver(self._steps, lock, on_error, partial(delete_old, self._steps, max_to_keep, keep_period))
+        retain = partial(delete_old, self._steps, max_to_keep, keep_period)
+        self._saver = Saver(self._steps, lock, on_error, retain, compress=compress)
 
     def lock(self) -> None:
         """Takes the directory for this run's writing, as the first `save` does otherwise; until `close`.
@@ -147,7 +150,7 @@ class Checkpointer:
             free, and which steps are there.
         """
         step = self._check_step(step)
-        beside = {} if extra is None else {reading.EXTRA: ocp.args.JsonSave(json.loads(json.dumps(extra)))}
+        extra = json.loads(json.dumps(extra))
         self.wait()
         plan = plan_of(state, self._plan)
         parts = list(slots(state, plan))
@@ -157,8 +160,7 @@ class Checkpointer:
             step=step, files={}, leaves={}, count=count_of(parts), plan=described_plan(plan), config=self._config,
             run_id=self._run_id, num_processes=jax.process_count(),
         )  # fmt: skip
-        args = ocp.args.Composite(**{reading.STATE: ocp.args.StandardSave(logical)}, **beside)
-        self._saver.begin(draft, args, parts, allow_nonfinite=allow_nonfinite)
+        self._saver.begin(draft, to_write(logical, extra), parts, allow_nonfinite=allow_nonfinite)
         if wait:
             self.wait()
 

@@ -20,6 +20,7 @@ from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, w
 from shardadam.checkpoint.shared import acquire_for_all
 from shardadam.checkpoint.steps import Steps, make_room, remove_partial, short
 from shardadam.checkpoint.together import on_process_zero
+from shardadam.checkpoint.writing import writer
 
 log = logging.getLogger("shardadam.checkpoint")
 
@@ -33,15 +34,23 @@ class Saver:
       on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's. That a state
         is not finite is always raised.
       retain: called by process 0 when a step was sealed: deletes older ones.
+      compress: whether array files are compressed.
 
     Attributes:
       step: the one under way; None when there is none.
     """
 
     def __init__(
-        self, steps: Steps, lock: WriterLock | None, on_error: Literal["raise", "warn"], retain: Callable[[], None]
+        self,
+        steps: Steps,
+        lock: WriterLock | None,
+        on_error: Literal["raise", "warn"],
+        retain: Callable[[], None],
+        *,
+        compress: bool,
     ) -> None:
         self._steps, self._lock, self._on_error, self._retain = steps, lock, on_error, retain
+        self._compress = compress
         self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._sealing: Sealing | None = None
         self.step: int | None = None  # The one under way.
@@ -85,7 +94,7 @@ class Saver:
                 self._retain()
 
         with self._surfacing("start"):
-            manager = self._manager = self._manager or ocp.CheckpointManager(self._steps.directory)
+            manager = self._manager = self._manager or writer(self._steps.directory, compress=self._compress)
             if not manager.save(draft.step, args=args):
                 raise CheckpointError(
                     f"step {draft.step}: Orbax did not save it in {self._steps.directory}, which holds "

@@ -147,7 +147,7 @@ def test_a_save_that_orbax_refuses_leaves_the_checkpointer_usable(tmp_path, monk
     checkpointer = Checkpointer(tmp_path)
     before = set(threading.enumerate())
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.StandardCheckpointHandler, "_validate_save_state", refuse)
+        patch.setattr(ocp.PyTreeCheckpointHandler, "async_save", refuse)
         with pytest.raises(ValueError, match="refused") as caught:
             checkpointer.save(1, state_of(1))
     assert "step 1: not saved" in str(caught.value)
@@ -227,3 +227,16 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
         jax.block_until_ready(state)
         restored = checkpointer.restore(state)
     jax.tree.map(np.testing.assert_array_equal, restored, host)
+
+
+def test_a_step_restores_alike_compressed_or_not(tmp_path):
+    state = {"x": jnp.zeros((256, 1024)), "y": jnp.arange(8.0)}
+    sizes = []
+    for compress in (False, True):
+        directory = tmp_path / str(compress)
+        with Checkpointer(directory, compress=compress) as checkpointer:
+            checkpointer.save(1, state)
+        restored = Checkpointer(directory, compress=not compress).restore(jax.tree.map(jnp.ones_like, state))
+        assert all(jax.tree.map(np.array_equal, restored, state).values())
+        sizes.append(sum(path.stat().st_size for path in directory.rglob("d/*")))
+    assert sizes[0] > state["x"].nbytes > 100 * sizes[1]
