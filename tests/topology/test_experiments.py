@@ -14,7 +14,7 @@ import pallas_cases
 from pallas_adam import compare_with_optax
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
-PALLAS = json.loads((BENCHMARKS / "pallas.json").read_text())
+PALLAS, ORDERS = (json.loads((BENCHMARKS / f"{name}.json").read_text()) for name in ("pallas", "orders"))
 
 TEXT = """HloModule update, is_scheduled=true
 
@@ -69,6 +69,23 @@ def test_xla_leaves_nothing_to_a_kernel_by_hand_on_any_tpu():
             assert xla["temp_bytes"] == 0
             assert xla["moved_bytes"] <= pallas["moved_bytes"]
     assert all(set(found["ulps"].values()) == {0} for found in PALLAS.values() if "ulps" in found)
+
+
+def sent(found):
+    """What goes on the wire over the ideal, and the part of it that is all-reduced."""
+    wire = found["wire_bytes"]
+    return sum(wire.values()) / found["ideal_bytes"], wire.get("all-reduce", 0) / found["ideal_bytes"]
+
+
+def test_every_order_of_a_torus_reduces_in_real_reduce_scatters():
+    for key, found in ORDERS.items():
+        _, _, order = key.split(" | ")
+        total, reduced = sent(found)
+        if " " in order:
+            assert total < 1.15, key
+            assert reduced < 0.001, key
+        else:
+            assert total > 1.4, key
 
 
 @pytest.mark.parametrize("name", list(experiments.EXPERIMENTS))
