@@ -23,7 +23,7 @@ from shardadam.checkpoint.seal import Seal, described_plan
 from shardadam.checkpoint.sealing import count_of
 from shardadam.checkpoint.shared import check_shared
 from shardadam.checkpoint.slots import check_names, plan_of, slots
-from shardadam.checkpoint.steps import Steps, delete_old
+from shardadam.checkpoint.steps import Steps, retire_old
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.checkpoint.writing import to_write
 from shardadam.plan import Plan
@@ -107,7 +107,7 @@ class Checkpointer:
             check_shared(Path(self.directory))
             lock = WriterLock(Path(self.directory), self._run_id)
             weakref.finalize(self, lock.release)  # Also at the interpreter's end.
-        retain = partial(delete_old, self._steps, max_to_keep, keep_period)
+        retain = partial(retire_old, self._steps, max_to_keep, keep_period)
         self._saver = Saver(self._steps, lock, on_error, retain, compress=compress)
 
     def lock(self) -> None:

@@ -12,13 +12,14 @@ import orbax.checkpoint as ocp
 
 from shardadam.checkpoint.digest import start
 from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
+from shardadam.checkpoint.hashing import HashedAhead
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all
-from shardadam.checkpoint.steps import Steps, make_room, remove_partial, short
+from shardadam.checkpoint.steps import Steps, make_room, remove_partial, remove_retired, short
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.checkpoint.writing import writer
 
@@ -33,7 +34,7 @@ class Saver:
       lock: the directory's; None for an object store, where nothing can be locked.
       on_error: "raise" a save's failure; or "warn" of it and go on, until `close` raises the last save's. That a state
         is not finite is always raised.
-      retain: called by process 0 when a step was sealed: deletes older ones.
+      retain: called by process 0 when a step was sealed: retires older ones, which are then removed.
       compress: whether array files are compressed.
 
     Attributes:
@@ -53,6 +54,7 @@ class Saver:
         self._compress = compress
         self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._sealing: Sealing | None = None
+        self._tidying: Sealing | None = None  # The one before, which nobody need wait for but the next save.
         self.step: int | None = None  # The one under way.
         self._failure: CheckpointError | None = None  # The last save's, while nobody has been raised it.
 
@@ -77,22 +79,13 @@ class Saver:
         """
         self.step = draft.step
         with self._surfacing("prepare"):
+            self.tidied()
             place = SamePlace(self._steps.directory)
             self.lock()
             on_process_zero(self._steps.key("room"), partial(make_room, self._steps, draft.step))
         if self.step is None:
             return
         described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
-
-        def seal() -> None:
-            place.check()
-            leaves = sealed_leaves(self._steps, described, started)
-            if not allow_nonfinite:
-                check_finite(draft.step, leaves)
-            write_seal(self._steps, dataclasses.replace(draft, leaves=leaves))
-            if jax.process_index() == 0:
-                self._retain()
-
         with self._surfacing("start"):
             manager = self._manager = self._manager or writer(self._steps.directory, compress=self._compress)
             if not manager.save(draft.step, args=args):
@@ -101,14 +94,26 @@ class Saver:
                     f"{short(self._steps.sealed())}"
                 )
             started = start(parts)  # After Orbax has copied, which it would contend with.
-        if self.step is not None:
-            self._sealing = Sealing(manager.wait_until_finished, seal)
-            self._sealing.start()
-            expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
+        if self.step is None:
+            return
+        ahead = HashedAhead(self._steps.directory, draft.step)
+
+        def seal() -> None:
+            place.check()
+            leaves = sealed_leaves(self._steps, described, started)
+            if not allow_nonfinite:
+                check_finite(draft.step, leaves)
+            write_seal(self._steps, dataclasses.replace(draft, leaves=leaves), ahead)
+            if jax.process_index() == 0:
+                self._retain()
+
+        self._sealing = Sealing(ahead, manager.wait_until_finished, seal, self._tidy)
+        self._sealing.start()
+        expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
 
     def check(self) -> None:
         """Raises what the last save has failed with, if it has by now; waits for nothing."""
-        if self._sealing is not None and not self._sealing.is_alive():
+        if self._sealing is not None and self._sealing.has_ended():
             self.wait()
 
     def wait(self) -> None:
@@ -116,16 +121,24 @@ class Saver:
         sealing, self._sealing = self._sealing, None
         if sealing is None:
             return
+        self._tidying = sealing
         with self._surfacing("wait"):
             sealing.wait()
             self.step, self._failure = None, None
             settled(self._steps)
+
+    def tidied(self) -> None:
+        """Waits until the steps that the last save made superfluous have been removed, if its end was waited for."""
+        if self._tidying is not None:
+            self._tidying.join()
+            self._tidying = None
 
     def close(self) -> None:
         """Waits, and frees the writer and the lock; raises the last save's failure, whatever `on_error` says."""
         try:
             self.wait()
         finally:
+            self.tidied()
             self.release_manager()
             if self._lock is not None:
                 self._lock.release()
@@ -139,6 +152,10 @@ class Saver:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+    def _tidy(self) -> None:
+        if jax.process_index() == 0:
+            remove_retired(self._steps)
 
     @contextlib.contextmanager
     def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:

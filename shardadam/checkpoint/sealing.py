@@ -1,7 +1,7 @@
 """After Orbax has committed a step: its files are made durable and hashed, and the seal is written."""
 
 import dataclasses
-import hashlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -17,41 +17,54 @@ import numpy as np
 from etils import epath
 
 from shardadam.checkpoint.digest import Started, finish
+from shardadam.checkpoint.hashing import HashedAhead, hash_together
 from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.match import CheckpointError, NotFiniteError
-from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
-from shardadam.checkpoint.steps import Steps, is_local, sync_directory, sync_file
-from shardadam.checkpoint.together import on_every_process, on_process_zero
+from shardadam.checkpoint.seal import Seal, SealedLeaf
+from shardadam.checkpoint.steps import Steps, is_local, sync_directory
+from shardadam.checkpoint.together import on_process_zero
 
-_THREADS = 4  # hashlib gives the GIL back while it hashes.
-_BLOCK = 2**20  # bytes
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "optax", "numpy", "shardadam")
 
 
 class Sealing(threading.Thread):
-    """Waits for a step's commit in the background, and then seals it.
+    """Waits for a step's commit in the background, then seals it, and after that tidies up.
 
     Args:
+      ahead: hashes the step's files meanwhile.
       commit: returns when the step is committed; raises what the save failed with.
       seal: what is to be done then.
+      tidy: what nobody need wait for, once it is sealed; raises nothing.
     """
 
-    def __init__(self, commit: Callable[[], None], seal: Callable[[], None]) -> None:
+    def __init__(
+        self, ahead: HashedAhead, commit: Callable[[], None], seal: Callable[[], None], tidy: Callable[[], None]
+    ) -> None:
         super().__init__(name="checkpoint-seal")
-        self._commit, self._seal = commit, seal
+        self._ahead, self._commit, self._seal, self._tidy = ahead, commit, seal, tidy
+        self._ended = threading.Event()
         self._error: BaseException | None = None
 
     def run(self) -> None:
         """Called by the thread."""
         try:
-            self._commit()
+            with self._ahead:
+                self._commit()
             self._seal()
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits
             self._error = error
+        failed = self._error is not None
+        self._ended.set()
+        if not failed:
+            self._tidy()
+
+    def has_ended(self) -> bool:
+        """Whether `wait` would not have to."""
+        return self._ended.is_set()
 
     def wait(self) -> None:
         """Returns when the step is sealed; raises what went wrong, to the first who asks."""
-        self.join()
+        self._ended.wait()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -101,12 +114,13 @@ def is_count(names: Sequence[str], shape: tuple[int, ...]) -> bool:
     return shape == () and [name for name in names if name != "value"][-1:] == ["count"]
 
 
-def write_seal(steps: Steps, draft: Seal) -> Seal:
+def write_seal(steps: Steps, draft: Seal, ahead: HashedAhead | None = None) -> Seal:
     """Makes a committed step's files durable, hashes them, and writes its seal. All processes call it.
 
     Args:
       steps: of the directory.
       draft: the seal, but for its files, versions and time.
+      ahead: what each process has hashed already.
 
     Returns:
       The seal.
@@ -116,54 +130,19 @@ def write_seal(steps: Steps, draft: Seal) -> Seal:
     """
     path = steps.path(draft.step)
     names = on_process_zero(steps.key("to seal"), lambda: list_files(path))
-    files = hash_together(steps.key("hashes"), path, names, durably=True)
+    with ThreadPoolExecutor(1) as pool:
+        synced = pool.submit(_sync_directories, path) if jax.process_index() == 0 else None
+        files = hash_together(steps.key("hashes"), path, names, ahead=ahead, durably=True)
 
     def write() -> str:
-        for directory in [*_directories(path), path.parent]:
-            sync_directory(directory)
+        assert synced is not None
+        synced.result()
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         seal = dataclasses.replace(draft, files=files, versions=versions(), sealed_at=now)
         steps.write_seal(seal)
         return seal.to_text()
 
     return Seal.from_text(on_process_zero(steps.key("sealed"), write))
-
-
-def hash_together(
-    key: str, path: epath.Path, names: Mapping[str, int], *, durably: bool = False
-) -> dict[str, SealedFile]:
-    """The size and SHA-256 of files, each read by one of the processes. All call it.
-
-    Args:
-      key: a name for what the processes say to each other, see `together`.
-      path: the step's.
-      names: each file's size, by its path there; the same on every process.
-      durably: whether to see to it, meanwhile, that the files are on the disk.
-
-    Raises:
-      OSError: a file cannot be read; in the other processes a CheckpointError.
-    """
-    mine = _shares(names, jax.process_count())[jax.process_index()]
-
-    def hash_mine() -> dict[str, SealedFile]:
-        with ThreadPoolExecutor(_THREADS) as pool, ThreadPoolExecutor(_THREADS) as waiting:
-            synced = waiting.map(lambda name: sync_file(path / name), mine if durably else [])
-            found = dict(zip(mine, pool.map(lambda name: hash_file(path / name), mine), strict=True))
-            list(synced)  # Raises what went wrong.
-        return found
-
-    answers = on_every_process(key, hash_mine)
-    return {name: SealedFile(*file) for answer in answers for name, file in answer.items()}
-
-
-def hash_file(path: epath.Path) -> SealedFile:
-    """A file's size and SHA-256."""
-    checksum, size = hashlib.sha256(), 0
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            checksum.update(block)
-            size += len(block)
-    return SealedFile(size, checksum.hexdigest())
 
 
 def list_files(path: epath.Path) -> dict[str, int]:
@@ -184,7 +163,8 @@ def list_files(path: epath.Path) -> dict[str, int]:
     return found
 
 
-def versions() -> dict[str, str]:
+@functools.cache
+def versions() -> Mapping[str, str]:
     """Of Python and of what writes a checkpoint."""
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
@@ -197,20 +177,15 @@ def _walk(path: epath.Path) -> Any:
             yield entry
 
 
+def _sync_directories(path: epath.Path) -> None:
+    """Makes a step's name, and all names in it, survive a loss of power."""
+    for directory in [*_directories(path), path.parent]:
+        sync_directory(directory)
+
+
 def _directories(path: epath.Path) -> Any:
     """A directory and those below it, the lowest first."""
     for entry in path.iterdir():
         if entry.is_dir():
             yield from _directories(entry)
     yield path
-
-
-def _shares(names: Mapping[str, int], count: int) -> list[list[str]]:
-    """Deals files out, the largest first, each to who has the fewest bytes."""
-    shares: list[list[str]] = [[] for _ in range(count)]
-    load = [0] * count
-    for name in sorted(names, key=lambda name: (-names[name], name)):
-        least = load.index(min(load))
-        shares[least].append(name)
-        load[least] += names[name] + 1
-    return shares

@@ -23,7 +23,7 @@ from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal
 
 SEALS, DAMAGED, TRASH = "seals", "damaged", "trash"
-_PARTIAL = ".orbax-checkpoint-tmp"  # In the names of what Orbax has not committed.
+PARTIAL = ".orbax-checkpoint-tmp"  # In the names of what Orbax has not committed.
 
 _made = itertools.count()  # Alike in all processes, which make the same Checkpointers in the same order.
 
@@ -115,25 +115,26 @@ class Steps:
         log.warning("step %d moved to %s: %s", step, target, why)
         return target
 
-    def delete(self, step: int) -> None:
-        """Deletes a step: first it stops counting as saved, then its directory leaves the listing, then it is removed.
-
-        Each of the three is one rename or harmless to repeat: `sweep` goes on where a process was killed.
-        """
+    def retire(self, step: int) -> None:
+        """Has a step no longer count as saved, in one rename; `sweep` removes it."""
         trash = self._folder(TRASH)
         trash.mkdir(exist_ok=True)
-        name = f"{step}-{uuid.uuid4().hex[:12]}"
-        _move(self.seal_path(step), trash / f"{name}.json")
-        self._empty(trash / f"{name}.json")
+        self.seal_path(step).rename(trash / f"{step}-{uuid.uuid4().hex[:12]}.json")
 
     def sweep(self) -> None:
-        """Ends deletions that were cut short, and removes drafts of seals."""
+        """Removes the steps that were retired, also by a process that was killed then, and drafts of seals.
+
+        Each leaves the listing in one rename before anything of it is removed.
+        """
         for draft in self._folder(SEALS).glob("*.tmp"):
             draft.unlink(missing_ok=True)
         trash = self._folder(TRASH)
         if not trash.exists():
             return
-        for record in sorted(trash.glob("*.json")):
+        if records := sorted(trash.glob("*.json")):
+            for folder in (trash, self._folder(SEALS)):  # A step that is gone must not be sealed, though power is lost.
+                sync_directory(folder)
+        for record in records:
             self._empty(record)
         for left in trash.iterdir():
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
@@ -171,7 +172,7 @@ def remove_partial(steps: Steps, step: int | None = None) -> None:
     if not is_local(steps.directory) or not steps.directory.is_dir():
         return
     directory = Path(steps.directory)
-    left = [path for path in directory.iterdir() if _PARTIAL in path.name]
+    left = [path for path in directory.iterdir() if PARTIAL in path.name]
     if step is not None and step not in steps.seals():
         left.append(directory / str(step))
     for path in left:
@@ -186,28 +187,26 @@ def make_room(steps: Steps, step: int) -> None:
     Raises:
       CheckpointError: it, or a later one, is saved.
     """
-    try:
-        steps.sweep()
-    except OSError as error:
-        log.warning("what is left of deleted steps in %s cannot be removed: %s", steps.directory, error)
+    remove_retired(steps)
     remove_partial(steps)
-    saved = steps.sealed()
+    seals = steps.seals()
+    saved = [left for left in seals if steps.path(left).is_dir()]
     if saved and step <= saved[-1]:
         raise CheckpointError(
             f"step {step}: not saved: {steps.directory} holds {short(saved)} already; steps must ascend. Restore "
             "the latest and go on from there, or save in another directory"
         )
-    lost = [left for left in steps.seals() if left not in saved and left >= step]
+    lost = [left for left in seals if left not in saved and left >= step]
     in_the_way = sorted([*steps.unsealed(at_least=step), *lost])
-    seals = steps.seal_path(step).parent
-    if in_the_way and not seals.exists():
+    folder = steps.seal_path(step).parent
+    if in_the_way and not folder.exists():
         raise CheckpointError(
             f"step {step}: not saved: {steps.directory} holds {short(in_the_way)} of plain Orbax or of an older "
             f"shardadam; adopt({in_the_way[-1]}) and go on from there, or save in another directory"
         )
-    seals.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for left in in_the_way:
-        why = "its directory is gone" if left in steps.seals() else "it has no seal: a run was ended in this save"
+        why = "its directory is gone" if left in seals else "it has no seal: a run was ended in this save"
         steps.set_aside(left, f"{why}, or its seal was lost; in the way of step {step}")
 
 
@@ -217,16 +216,24 @@ def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) ->
     return [step for step in older if keep_period is None or step % keep_period]
 
 
-def delete_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:
-    """Deletes the steps that `to_delete` names.
+def retire_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:
+    """Retires the steps that `to_delete` names; `remove_retired` removes them.
 
-    What cannot be deleted is logged, and tried again after the next save: the new step is saved all the same.
+    One that cannot be is logged, and tried again after the next save: the new step is saved all the same.
     """
     for step in to_delete(steps, max_to_keep, keep_period):
         try:
-            steps.delete(step)
+            steps.retire(step)
         except OSError as error:
             log.warning("step %d of %s could not be deleted: %s", step, steps.directory, error)
+
+
+def remove_retired(steps: Steps) -> None:
+    """Removes the steps that were retired; what cannot be removed is logged, and tried again by the next save."""
+    try:
+        steps.sweep()
+    except OSError as error:
+        log.warning("what is left of deleted steps in %s cannot be removed: %s", steps.directory, error)
 
 
 def short(steps: Sequence[int]) -> str:

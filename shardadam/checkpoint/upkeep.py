@@ -9,7 +9,7 @@ from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.steps import Steps, delete_old, existing, to_delete
+from shardadam.checkpoint.steps import Steps, existing, remove_retired, retire_old, to_delete
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
 
 
@@ -76,7 +76,8 @@ def prune(
         checkpointer.lock()
         steps.sweep()
         wanted = to_delete(steps, keep, keep_period)
-        delete_old(steps, keep, keep_period)
+        retire_old(steps, keep, keep_period)
+        remove_retired(steps)
         left = steps.sealed()
     if stuck := [step for step in wanted if step in left]:
         raise OSError(f"{root}: steps {stuck} could not be deleted, see the log")

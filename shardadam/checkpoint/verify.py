@@ -11,10 +11,11 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.digest import digests, host_digest
+from shardadam.checkpoint.hashing import hash_together
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key
 from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
-from shardadam.checkpoint.sealing import hash_together, list_files
+from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, item_tree, read
 from shardadam.checkpoint.together import on_process_zero

@@ -9,7 +9,7 @@ from shardadam.checkpoint import reading
 
 # Of a file with array data. Orbax's own 2 GB make one file of most states, which one core hashes after all is written;
 # of several, most are hashed meanwhile, and side by side.
-_FILE_BYTES = 2**25
+FILE_BYTES = 2**25
 
 
 def writer(directory: epath.Path, *, compress: bool) -> ocp.CheckpointManager:
@@ -34,6 +34,6 @@ def to_write(state: Any, extra: Any) -> ocp.args.Composite:
       state: a tree of arrays in their logical shapes, and numbers.
       extra: what JSON holds; None for nothing.
     """
-    items = {reading.STATE: ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=_FILE_BYTES)}
+    items = {reading.STATE: ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES)}
     beside = {} if extra is None else {reading.EXTRA: ocp.args.JsonSave(extra)}
     return ocp.args.Composite(**items, **beside)

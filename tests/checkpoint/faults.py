@@ -26,8 +26,9 @@ from jax.sharding import PartitionSpec as P
 
 import shardadam
 from shardadam.checkpoint import Checkpointer, CheckpointError, sealing
+from shardadam.checkpoint.hashing import hash_file
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.sealing import hash_file, list_files
+from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.steps import Steps
 
 STEPS = (1, 2, 3)

@@ -87,7 +87,7 @@ def resealing(steps):
 
 
 CASES = {
-    "delete": (lambda steps: lambda: steps.delete(1), after_delete),
+    "delete": (lambda steps: lambda: (steps.retire(1), steps.sweep()), after_delete),
     "set aside": (lambda steps: lambda: steps.set_aside(3, "damaged"), after_set_aside),
     "seal": (resealing, after_seal),
 }

@@ -134,7 +134,8 @@ def rewritten(saved, **fields):
 
 
 def resealed(saved):
-    from shardadam.checkpoint.sealing import hash_file, list_files
+    from shardadam.checkpoint.hashing import hash_file
+    from shardadam.checkpoint.sealing import list_files
 
     steps = Steps(Checkpointer(saved).directory)
     files = {name: hash_file(steps.path(2) / name) for name in list_files(steps.path(2))}

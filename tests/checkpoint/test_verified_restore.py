@@ -115,7 +115,8 @@ def test_a_step_that_is_deleted_while_it_is_verified_is_no_damage(saved, monkeyp
 
     def deleted_meanwhile(path):
         if path.name == "3":
-            steps.delete(3)
+            steps.retire(3)
+            steps.sweep()
         return found(path)
 
     monkeypatch.setattr(verify, "list_files", deleted_meanwhile)
