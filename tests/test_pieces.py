@@ -19,8 +19,9 @@ HOST = {
     "even": RNG.standard_normal((64, 512), np.float32),
     "ragged": RNG.standard_normal((64, 600), np.float32),
     "stack": RNG.standard_normal((3, 64, 256), np.float32),
+    "narrow": RNG.standard_normal((257, 24), np.float32),  # Only its last dim divides; a block is 3 wide.
 }
-STACKED = {"even": 0, "ragged": 0, "stack": 1}
+STACKED = {"even": 0, "ragged": 0, "stack": 1, "narrow": 0}
 BATCH = RNG.standard_normal((16, 64), np.float32)
 
 
@@ -30,7 +31,8 @@ def loss_fn(params, batch):
         return h + jnp.tanh(h @ w) @ w.T, None
 
     h, _ = jax.lax.scan(body, batch, params["stack"])
-    return jnp.mean((h @ params["even"]) ** 2) + jnp.mean(jnp.tanh(h @ params["ragged"]))
+    narrow = jnp.mean(jnp.sin(h[:, :24] @ params["narrow"].T))
+    return jnp.mean((h @ params["even"]) ** 2) + jnp.mean(jnp.tanh(h @ params["ragged"])) + narrow
 
 
 def run(sizes, stage, collective, **options):
@@ -67,12 +69,18 @@ def test_a_step_in_pieces_has_the_same_bits(sizes, stage, collective, options, m
     got, found = run(sizes, stage, collective, **options)
     jax.tree.map(np.testing.assert_array_equal, got, wanted)
     # "even" in 4 pieces of 128 columns, "ragged" in 5 that overlap, the stack's 3 layers in 2 each.
-    cut = sorted([4, 5, 6] * len(sizes))
-    wanted_times = {"all-gather": cut, "reduce-scatter": [1, 1, 3] if collective == "joint" else cut}
+    cut = sorted([1, 4, 5, 6] * len(sizes))
+    wanted_times = {"all-gather": cut, "reduce-scatter": [1, 1, 1, 3] if collective == "joint" else cut}
     for name, wanted_of in wanted_times.items():
         times = sorted(op.times for op in found if op.op == name)
         assert times == wanted_of, name
         assert len(times) == sum(op.op == name for op in at_once), name
+
+
+def test_one_axis_at_a_time_deals_out_the_same_blocks():
+    sizes = {"x": 2, "y": 4}
+    (got, _), (wanted, _) = run(sizes, 2, "per_axis"), run(sizes, 2, "joint")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3), got[0], wanted[0])  # Steps are of 1e-2.
 
 
 @settings(max_examples=25, deadline=None)
