@@ -13,6 +13,7 @@ Collective = Literal["joint", "per_axis"]
 # several torus axes of a TPU compiles to a full all-reduce, one axis at a time does not; everywhere else one collective
 # over all is the shortest way.
 _BEST: dict[str, Collective] = {"tpu": "per_axis"}
+_ROWS, _LANES = 8, 128  # Of a TPU's tile.
 
 
 def resolve_collective(
@@ -51,11 +52,42 @@ def reduce_scatter(
     joint = collective == "joint" and set(axes) <= set(summed)
     for group in [axes] if joint else [(axis,) for axis in axes]:
         if set(group) <= set(summed):
-            x = jax.lax.psum_scatter(x, group, scatter_dimension=dim, tiled=True)
+            tiles = collective == "per_axis" and dim == 0
+            x = _scatter_tiles(x, group[0]) if tiles else _psum_scatter(x, group, dim)
         else:
             size = x.shape[dim] // jax.lax.axis_size(group)
             x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(group) * size, size, axis=dim)
     return x
+
+
+def _psum_scatter(x: jax.Array, axes: str | tuple[str, ...], dim: int) -> jax.Array:
+    return jax.lax.psum_scatter(x, axes, scatter_dimension=dim, tiled=True)
+
+
+def _scatter_tiles(x: jax.Array, axis: str) -> jax.Array:
+    """`psum_scatter` of dim 0 over one mesh axis, as whole tiles of a TPU: blocks of (any number, 8, 128) elements.
+
+    The TPU compiler all-reduces blocks that are no whole tiles, twice the bytes, and adds to others, up to an eighth,
+    so that the steps of its ring come out even; of tiles it adds at most one in a hundred. Where the last two dims are
+    whole tiles this is the order they have in memory, and moves nothing; else the blocks are copied.
+    """
+    rows, size = x.shape[0] // jax.lax.axis_size(axis), x.size // jax.lax.axis_size(axis)
+    *_, height, width = (rows, *x.shape[1:]) if x.ndim > 1 else (1, 1)
+    if height % _ROWS == 0 and width % _LANES == 0:
+        own = _psum_scatter(_tiles(x.reshape(-1, height, width)).reshape(x.size // size, -1, _ROWS, _LANES), axis, 0)
+        own = own.reshape(-1, height // _ROWS, width // _LANES, _ROWS, _LANES).swapaxes(2, 3)
+    elif -size % (_ROWS * _LANES) <= size // 8:
+        blocks = jnp.pad(x.reshape(-1, size), [(0, 0), (0, -size % (_ROWS * _LANES))])
+        own = _psum_scatter(blocks.reshape(len(blocks), _ROWS, -1), axis, 0).reshape(-1)[:size]
+    else:
+        own = _psum_scatter(x, axis, 0)
+    return own.reshape(rows, *x.shape[1:])
+
+
+def _tiles(x: jax.Array) -> jax.Array:
+    """Of (number, rows, lanes), the tiles in the order that a TPU has them in memory."""
+    number, height, width = x.shape
+    return x.reshape(number, height // _ROWS, _ROWS, width // _LANES, _LANES).swapaxes(2, 3)
 
 
 def all_gather(x: jax.Array, axes: tuple[str, ...], *, dim: int, collective: Collective = "joint") -> jax.Array:

@@ -81,6 +81,33 @@ def pack(x: jax.Array, num_shards: int, stacked_dims: int = 0) -> jax.Array:
     return flat.reshape(*stack, rows, lanes)
 
 
+def pack_block(x: jax.Array, num_shards: int, index: jax.Array, stacked_dims: int = 0) -> jax.Array:
+    """One of the blocks of rows of `pack(x, num_shards, stacked_dims)`, from that part of `x` alone.
+
+    Args:
+      x: as for `pack`.
+      num_shards: as for `pack`.
+      index: which block, an int32 of shape ().
+      stacked_dims: as for `pack`.
+
+    Example:
+      >>> pack_block(jnp.arange(5000.0), 8, 7)[0, -2:]
+      Array([4998., 4999.], dtype=float32)
+    """
+    stack, layer = x.shape[:stacked_dims], x.shape[stacked_dims:]
+    rows, lanes = num_rows(math.prod(layer), num_shards) // num_shards, choose_lanes(math.prod(layer), num_shards)
+    size, width = rows * lanes, max(1, layer[-1] if layer else 1)
+    lines = x.reshape(*stack, -1, width) if x.size else jnp.zeros((*stack, 1, width), x.dtype)
+    height = min(lines.shape[-2], size // width + 2)  # A block begins and ends within a line.
+    starts = np.arange(num_shards) * size
+    firsts = np.minimum(starts // width, lines.shape[-2] - height)
+    offsets = np.minimum(starts - firsts * width, height * width)  # The last blocks may be padding alone.
+    first, offset = (jnp.asarray(table, jnp.int32)[index] for table in (firsts, offsets))
+    near = jax.lax.dynamic_slice_in_dim(lines, first, height, axis=stacked_dims).reshape(*stack, height * width)
+    near = jnp.pad(near, [(0, 0)] * len(stack) + [(0, size)])
+    return jax.lax.dynamic_slice_in_dim(near, offset, size, axis=stacked_dims).reshape(*stack, rows, lanes)
+
+
 def unpack(packed: jax.Array, shape: tuple[int, ...], stacked_dims: int = 0) -> jax.Array:
     """Drops the padding and restores `shape`. Inverse of `pack`.
 

@@ -96,7 +96,7 @@ def gather_shards(
     if leaf.num_shards == 1:
         return unpack_leaf(x, leaf, mesh)
     part = shard_shape(leaf.shape, leaf.param_spec, mesh.shape)
-    at_once = not leaf_cuts(part, leaf, leaf.stacked_dims)
+    at_once = not leaf_cuts(part, leaf, leaf.stacked_dims, collective, mesh.shape)
     if at_once and (collective == "joint" or len(leaf.shard_axes) < 2):
         return unpack_leaf(x, leaf, mesh)
 

@@ -5,33 +5,36 @@ from collections.abc import Callable, Collection, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 LARGE_LAYER = 2**20  # Elements: below it, a collective for each layer costs more in latency than it saves in memory.
-LARGE_PIECE = 2**25  # Elements: a collective of so many is bound by bandwidth, and a layer of 8B parameters has more.
-
+LARGE_PIECE = 2**23  # Elements: a collective of so many is bound by bandwidth,
+LARGE_BLOCK = 2**15  # where each device's block has so many, or more.
 MAX_OVERLAP = 1 / 100  # Of a leaf: what may be sent twice.
 
 
-def cuts_of(shape: tuple[int, ...], num_stacked: int, free: Collection[int]) -> dict[int, int]:
+def cuts_of(shape: tuple[int, ...], num_stacked: int, free: Collection[int], num_blocks: int = 1) -> dict[int, int]:
     """How an array is cut: the width of a piece by dim, nothing where it is taken at once.
 
     Args:
       shape: of the array, whole: the stacked dims first.
       num_stacked: its stacked dims; large layers are pieces of their own.
       free: other dims that may be cut: a layer that is still too large is cut along the one where that wastes least.
+      num_blocks: how many devices each collective is over.
 
     Returns:
       Widths that need not divide: the last piece then overlaps the one before.
 
     Example:
       >>> cuts_of((32, 4096, 14336), 1, {2}), cuts_of((128256, 4096), 0, {1}), cuts_of((32, 4096), 1, ())
-      ({0: 1, 2: 7168}, {1: 256}, {})
+      ({0: 1, 2: 2048}, {1: 128}, {})
     """
     size = math.prod(shape[num_stacked:])
     if size < LARGE_LAYER:
         return {}
     cuts = dict.fromkeys(range(num_stacked), 1)
-    widths = {dim: _width(shape, dim, -(-size // LARGE_PIECE)) for dim in free}
+    pieces = -(-size // max(LARGE_PIECE, LARGE_BLOCK * num_blocks))
+    widths = {dim: _width(shape, dim, pieces) for dim in free}
     widths = {dim: width for dim, width in widths.items() if width < shape[dim]}
     if widths:
         dim = min(widths, key=lambda dim: (-shape[dim] % widths[dim] / shape[dim], dim))
@@ -89,10 +92,15 @@ def in_pieces(
         return made.reshape(*piece.shape[:num_stacked], *made.shape)
 
     def one(i: jax.Array, whole: jax.Array) -> jax.Array:
-        piece = jax.lax.dynamic_slice(x, starts(i, x.shape), sizes(x.shape))
-        return jax.lax.dynamic_update_slice(whole, done(piece), starts(i, whole.shape))
+        piece = _row_major(jax.lax.dynamic_slice(x, starts(i, x.shape), sizes(x.shape)))
+        return jax.lax.dynamic_update_slice(whole, _row_major(done(piece)), starts(i, whole.shape))
 
     if into is None:
         made = jax.eval_shape(done, jax.ShapeDtypeStruct(sizes(x.shape), x.dtype))
         into = jnp.zeros([x.shape[dim] if dim in cuts else size for dim, size in enumerate(made.shape)], made.dtype)
     return jax.lax.fori_loop(0, math.prod(counts), one, into)
+
+
+def _row_major(x: jax.Array) -> jax.Array:
+    """Else XLA:TPU copies the whole array before a loop that wants pieces of it in another order."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, num_rows, pack, shard_shape, unpack
+from shardadam.layout import Entries, LeafPlan, canonical_spec, entries, pack_block, shard_shape, unpack
 from shardadam.plan import Plan, path_name
 from shardadam.planned import KeyPath, is_adam, map_planned, owners, planned_leaf
 from shardadam.planned import map_leaves as map_leaves
@@ -72,12 +72,9 @@ def pack_leaf(x: jax.Array, leaf: LeafPlan, mesh: Mesh | AbstractMesh) -> jax.Ar
     # The parameter's own spec first: asked for the state's at once, sharding propagation would reach into the loss.
     x = constrain(x, mesh, leaf.param_spec)
     if leaf.layout == "packed":
-        rows = num_rows(leaf.layer_size // leaf.num_parts, leaf.num_shards) // leaf.num_shards
 
         def own_rows(part: jax.Array) -> jax.Array:
-            first = jax.lax.axis_index(leaf.shard_axes) * rows
-            whole = pack(part, leaf.num_shards, leaf.stacked_dims)
-            return jax.lax.dynamic_slice_in_dim(whole, first, rows, axis=leaf.stacked_dims)
+            return pack_block(part, leaf.num_shards, jax.lax.axis_index(leaf.shard_axes), leaf.stacked_dims)
 
         # Manual axes: on Auto ones the state's sharding would propagate through the reshape, and cost permutes.
         x = jax.shard_map(own_rows, mesh=mesh, in_specs=leaf.param_spec, out_specs=leaf.state_spec)(x)

@@ -19,6 +19,7 @@ from shardadam.layout import (
     entries,
     num_rows,
     pack,
+    pack_block,
     plan_leaf,
     unpack,
 )
@@ -36,6 +37,9 @@ def test_unpack_is_the_inverse_of_pack_for_each_layer_of_a_stack(shape, num_shar
     packed = pack(jnp.asarray(x), num_shards, stacked)
     assert packed.shape == (*shape[:stacked], num_rows(size, num_shards), choose_lanes(size, num_shards))
     assert packed.shape[-2] % num_shards == 0
+    index = data.draw(st.integers(0, num_shards - 1))
+    block = pack_block(jnp.asarray(x), num_shards, jnp.int32(index), stacked)
+    np.testing.assert_array_equal(block, jnp.split(packed, num_shards, axis=stacked)[index])
     np.testing.assert_array_equal(unpack(packed, shape, stacked), x)
     # Row-major, the padding zero and last: written without `pack`, layer by layer.
     layers = np.asarray(packed).reshape(*shape[:stacked], math.prod(packed.shape[stacked:]))

@@ -51,6 +51,7 @@ def run(sizes, stage, collective, **options):
 def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "LARGE_LAYER", 1)
     monkeypatch.setattr(pieces, "LARGE_PIECE", 64 * 128)
+    monkeypatch.setattr(pieces, "LARGE_BLOCK", 1)
     monkeypatch.setattr(pieces, "MAX_OVERLAP", 1)
 
 
@@ -116,9 +117,9 @@ def test_widths_are_tiles_and_overlap_little(shape, free):
 @pytest.mark.parametrize(
     ("shape", "free", "wanted"),
     [
-        ((128256, 4096), {1}, {1: 256}),
-        ((4096, 128256), {1}, {1: 8064}),
-        ((8192, 50257), {1}, {1: 2816}),
+        ((128256, 4096), {1}, {1: 128}),
+        ((4096, 128256), {1}, {1: 2048}),
+        ((8192, 50257), {1}, {1: 768}),
         ((2**28,), (), {}),
         ((2**20, 257), {1}, {}),  # In tiles of 128 lanes a third would be sent twice.
     ],

@@ -49,6 +49,27 @@ def train_step(target, per_axis=False, stage=2):
     return step, state, x
 
 
+AWKWARD = {"vocab": (50257, 768), "wide": (2048, 5632), "stack": (12, 768, 768), "tall": (4096, 7168)}
+
+
+def awkward_step(target):
+    """Leaves whose blocks are no whole tiles, or whose rings do not come out even, one axis of the torus at a time."""
+    mesh = target.mesh(target.torus())
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in AWKWARD.items()}
+    stacked = {name: int(name == "stack") for name in AWKWARD}
+    plan = shardadam.make_plan(params, mesh, axis_name=mesh.axis_names, stacked_dims=stacked)
+    tx = shardadam.adam(1e-3, plan=plan)
+    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx), params)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+
+    def loss(params, x):
+        whole = [shardadam.gather(w) for w in params.values()]
+        return sum(jnp.mean(jnp.tanh(x[:, : w.shape[-1]] @ jnp.swapaxes(w, -1, -2))) for w in whole)
+
+    x = sds((mesh.size, 7168), jnp.bfloat16, mesh, P(mesh.axis_names))
+    return shardadam.make_train_step(loss, state, collective="per_axis"), state, x
+
+
 def plain_collectives(target):
     """One of each: 3 all-reduces of (8, 128) f32 in a loop, an all-gather of bf16, an all-to-all, a permute."""
     mesh = target.mesh("data")
