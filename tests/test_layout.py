@@ -28,19 +28,24 @@ shapes = st.lists(st.integers(0, 70), min_size=0, max_size=4).map(tuple).filter(
 shard_counts = st.sampled_from([1, 2, 3, 5, 7, 8, 12, 24, 48, 192, 1000])
 
 
-@settings(max_examples=20)  # Every one compiles a few programs.
+@settings(max_examples=20)  # Every one compiles a program.
 @given(shape=shapes, num_shards=shard_counts, data=st.data())
 def test_unpack_is_the_inverse_of_pack_for_each_layer_of_a_stack(shape, num_shards, data):
     stacked = data.draw(st.integers(0, len(shape)))
     size = math.prod(shape[stacked:])
     x = np.arange(1, 1 + math.prod(shape), dtype=np.int32).reshape(shape)
-    packed = pack(jnp.asarray(x), num_shards, stacked)
+    index = data.draw(st.integers(0, num_shards - 1))
+
+    @jax.jit  # One program; each step for itself would be one of its own.
+    def there_and_back(x, index):
+        packed = pack(x, num_shards, stacked)
+        return packed, unpack(packed, shape, stacked), pack_block(x, num_shards, index, stacked)
+
+    packed, back, block = there_and_back(x, index)
     assert packed.shape == (*shape[:stacked], num_rows(size, num_shards), choose_lanes(size, num_shards))
     assert packed.shape[-2] % num_shards == 0
-    index = data.draw(st.integers(0, num_shards - 1))
-    block = pack_block(jnp.asarray(x), num_shards, jnp.int32(index), stacked)
-    np.testing.assert_array_equal(block, jnp.split(packed, num_shards, axis=stacked)[index])
-    np.testing.assert_array_equal(unpack(packed, shape, stacked), x)
+    np.testing.assert_array_equal(back, x)
+    np.testing.assert_array_equal(block, np.split(np.asarray(packed), num_shards, axis=stacked)[index])
     # Row-major, the padding zero and last: written without `pack`, layer by layer.
     layers = np.asarray(packed).reshape(*shape[:stacked], math.prod(packed.shape[stacked:]))
     np.testing.assert_array_equal(layers[..., :size].reshape(shape), x)
