@@ -88,6 +88,11 @@ def start(slots: Iterable[Slot]) -> Started:
 
     There is no collective in it, so that it can be under way beside a train step.
     """
+    return prepare(slots)()
+
+
+def prepare(slots: Iterable[Slot]) -> Callable[[], Started]:
+    """`start` in two steps: what this returns has the devices begin. Leaves on the host are summed at once."""
     slots = list(slots)
     on_host: dict[int, np.ndarray] = {}
     kinds: dict[Any, list[tuple[int, jax.Array, Any]]] = {}
@@ -99,12 +104,12 @@ def start(slots: Iterable[Slot]) -> Started:
         sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
         seed = _seed(sharding, slot.path, shape, np.dtype(x.dtype))
         kinds.setdefault((sharding, packed, x.shape, x.dtype), []).append((place, x, seed))
-    on_devices = []
+    programs = []
     for (sharding, packed, *_), leaves in kinds.items():
         for first in range(0, len(leaves), _TOGETHER):
             places, xs, seeds = zip(*leaves[first : first + _TOGETHER], strict=True)
-            on_devices.append((list(places), _summer(sharding, packed)(xs, seeds)))
-    return Started(len(slots), on_host, on_devices)
+            programs.append((list(places), _summer(sharding, packed), xs, seeds))
+    return lambda: Started(len(slots), on_host, [(places, sums(xs, seeds)) for places, sums, xs, seeds in programs])
 
 
 def finish(started: Started, key: str) -> list[Digest]:

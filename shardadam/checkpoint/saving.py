@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Literal
 
 import jax
 import orbax.checkpoint as ocp
 
-from shardadam.checkpoint.digest import start
+from shardadam.checkpoint.digest import Started, prepare
 from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
 from shardadam.checkpoint.hashing import HashedAhead
 from shardadam.checkpoint.lock import WriterLock
@@ -53,6 +54,7 @@ class Saver:
         self._steps, self._lock, self._on_error, self._retain = steps, lock, on_error, retain
         self._compress = compress
         self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
+        self._background = ThreadPoolExecutor(1, "checkpoint-seal")
         self._sealing: Sealing | None = None
         self._tidying: Sealing | None = None  # The one before, which nobody need wait for but the next save.
         self.step: int | None = None  # The one under way.
@@ -88,17 +90,11 @@ class Saver:
         described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
         with self._surfacing("start"):
             manager = self._manager = self._manager or writer(self._steps.directory, compress=self._compress)
-            if not manager.save(draft.step, args=args):
-                raise CheckpointError(
-                    f"step {draft.step}: Orbax did not save it in {self._steps.directory}, which holds "
-                    f"{short(self._steps.sealed())}"
-                )
-            started = start(parts)  # After Orbax has copied, which it would contend with.
+            started = self._write(manager, draft.step, args, parts)
         if self.step is None:
             return
-        ahead = HashedAhead(self._steps.directory, draft.step)
 
-        def seal() -> None:
+        def seal(ahead: HashedAhead) -> None:
             place.check()
             leaves = sealed_leaves(self._steps, described, started)
             if not allow_nonfinite:
@@ -107,8 +103,8 @@ class Saver:
             if jax.process_index() == 0:
                 self._retain()
 
-        self._sealing = Sealing(ahead, manager.wait_until_finished, seal, self._tidy)
-        self._sealing.start()
+        self._sealing = Sealing(self._steps, draft.step, manager.wait_until_finished, seal, self._tidy)
+        self._sealing.start(self._background)
         expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
 
     def check(self) -> None:
@@ -139,6 +135,7 @@ class Saver:
             self.wait()
         finally:
             self.tidied()
+            self._background.shutdown()
             self.release_manager()
             if self._lock is not None:
                 self._lock.release()
@@ -152,6 +149,20 @@ class Saver:
         if self._manager is not None:
             self._manager.close()
             self._manager = None
+
+    def _write(
+        self, manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite, parts: Sequence[Slot]
+    ) -> Started:
+        """Has Orbax copy a state and begin to write it; begins its digests."""
+        begin_digests = prepare(parts)
+        if not manager.save(step, args=args):
+            raise CheckpointError(
+                f"step {step}: Orbax did not save it in {self._steps.directory}, which holds "
+                f"{short(self._steps.sealed())}"
+            )
+        # From here on Orbax's threads contend with this one, so that little is left to do. Begun before, the digests
+        # would contend with Orbax's copying.
+        return begin_digests()
 
     def _tidy(self) -> None:
         if jax.process_index() == 0:

@@ -9,7 +9,7 @@ import stat
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import jax
@@ -27,36 +27,33 @@ from shardadam.checkpoint.together import on_process_zero
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "optax", "numpy", "shardadam")
 
 
-class Sealing(threading.Thread):
+class Sealing:
     """Waits for a step's commit in the background, then seals it, and after that tidies up.
 
     Args:
-      ahead: hashes the step's files meanwhile.
+      steps: of the directory.
+      step: the one that is being saved.
       commit: returns when the step is committed; raises what the save failed with.
-      seal: what is to be done then.
+      seal: what is to be done then, given what has been hashed already.
       tidy: what nobody need wait for, once it is sealed; raises nothing.
     """
 
     def __init__(
-        self, ahead: HashedAhead, commit: Callable[[], None], seal: Callable[[], None], tidy: Callable[[], None]
+        self,
+        steps: Steps,
+        step: int,
+        commit: Callable[[], None],
+        seal: Callable[[HashedAhead], None],
+        tidy: Callable[[], None],
     ) -> None:
-        super().__init__(name="checkpoint-seal")
-        self._ahead, self._commit, self._seal, self._tidy = ahead, commit, seal, tidy
+        self._steps, self._step, self._commit, self._seal, self._tidy = steps, step, commit, seal, tidy
         self._ended = threading.Event()
         self._error: BaseException | None = None
+        self._all: Future[None] | None = None
 
-    def run(self) -> None:
-        """Called by the thread."""
-        try:
-            with self._ahead:
-                self._commit()
-            self._seal()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
-            self._error = error
-        failed = self._error is not None
-        self._ended.set()
-        if not failed:
-            self._tidy()
+    def start(self, background: ThreadPoolExecutor) -> None:
+        """Begins, in a thread that is there from the second save on: starting one would take the loop time."""
+        self._all = background.submit(self._run)
 
     def has_ended(self) -> bool:
         """Whether `wait` would not have to."""
@@ -68,6 +65,23 @@ class Sealing(threading.Thread):
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def join(self) -> None:
+        """Returns when it has tidied up, too."""
+        if self._all is not None:
+            wait([self._all])
+
+    def _run(self) -> None:
+        try:
+            with HashedAhead(self._steps.directory, self._step) as ahead:
+                self._commit()
+            self._seal(ahead)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits
+            self._error = error
+        failed = self._error is not None
+        self._ended.set()
+        if not failed:
+            self._tidy()
 
 
 def sealed_leaves(
