@@ -15,7 +15,7 @@ from shardadam.topology import CompilationError, compile_for
 ROOT = Path(__file__).parents[2]
 # name: its module, which has `cases()`, by key what `compile_for` is told; `read(case, found)`, the columns;
 # `also(case)`, what needs no compiler; and `page(results, versions)`.
-EXPERIMENTS = {"pallas": "pallas_cases", "orders": "order_cases"}
+EXPERIMENTS = {"pallas": "pallas_cases", "orders": "order_cases", "options": "option_cases"}
 
 
 def main() -> None:

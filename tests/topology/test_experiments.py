@@ -10,11 +10,14 @@ from test_goldens import needs
 
 sys.path.append(str(Path(__file__).parents[2] / "scripts" / "topologies"))
 import experiments
+import option_cases
 import pallas_cases
 from pallas_adam import compare_with_optax
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
-PALLAS, ORDERS = (json.loads((BENCHMARKS / f"{name}.json").read_text()) for name in ("pallas", "orders"))
+PALLAS, ORDERS, OPTIONS = (
+    json.loads((BENCHMARKS / f"{name}.json").read_text()) for name in ("pallas", "orders", "options")
+)
 
 TEXT = """HloModule update, is_scheduled=true
 
@@ -86,6 +89,36 @@ def test_every_order_of_a_torus_reduces_in_real_reduce_scatters():
             assert reduced < 0.001, key
         else:
             assert total > 1.4, key
+
+
+REAL, SPARSE = "real reduce-scatter and gather", "reduce-scatter on sparse cores"
+WITH_GATHER = ("real gather", "all on sparse cores")
+
+
+@pytest.mark.parametrize(
+    ("where", "plain", "better"),
+    [
+        ("v5p-64", 2.0, {"nd reduce-scatter": 1.5, **dict.fromkeys(WITH_GATHER, 1.5), REAL: 1.0}),
+        ("v6e-256", 1.5, {"nd reduce-scatter": 1.0, REAL: 1.0}),
+        ("tpu7x-64", 1.5, {"gather, not all-reduce": 1.0, **dict.fromkeys(WITH_GATHER, 1.0), REAL: 1.0}),
+    ],
+)
+def test_what_options_make_of_one_collective_over_all(where, plain, better):
+    for name in option_cases.OPTIONS:
+        found = OPTIONS[f"{where} | update, joint | {name}"]
+        if name == "a name that is none":
+            assert "No such compile option: 'xla_enable_reduce_scatter'" in found["error"]
+        else:
+            assert sent(found)[0] == pytest.approx(better.get(name, plain), rel=0.01), name
+
+
+@pytest.mark.parametrize("what", ["v5p-64 | 1.3B", "v5p-256 | 8B", "v6e-256 | 8B"])
+def test_on_sparse_cores_one_axis_at_a_time_sends_the_ideal_in_the_background(what):
+    plain, found = (OPTIONS[f"{what}, per axis | {name}"] for name in ("none", SPARSE))
+    assert sent(found)[0] == pytest.approx(1, abs=0.001)
+    assert sent(found)[0] < sent(plain)[0]
+    assert found["wire_bytes"]["async reduce-scatter"] > 0.99 * found["ideal_bytes"] / 2
+    assert found["peak_bytes"] < 1.005 * plain["peak_bytes"]
 
 
 @pytest.mark.parametrize("name", list(experiments.EXPERIMENTS))
