@@ -20,7 +20,6 @@ from shardadam.checkpoint.reading import STATE
 from shardadam.checkpoint.seal import SealedFile
 from shardadam.checkpoint.steps import PARTIAL, is_local, sync_file
 from shardadam.checkpoint.together import on_every_process
-from shardadam.checkpoint.writing import FILE_BYTES
 
 _THREADS = 4  # hashlib gives the GIL back while it hashes.
 _BLOCK = 2**20  # bytes
@@ -50,9 +49,11 @@ class HashedAhead:
     Args:
       directory: the steps'.
       step: the one being written.
+      full: how many bytes a full file has at the least.
     """
 
-    def __init__(self, directory: epath.Path, step: int) -> None:
+    def __init__(self, directory: epath.Path, step: int, full: int) -> None:
+        self._full = full
         # Only what this process writes: of others' files a network's file system may show it old times.
         written = (f"{step}{PARTIAL}*", f"{STATE}*", f"ocdbt.process_{jax.process_index()}", "d", "*")
         self._pattern = os.path.join(glob.escape(os.fspath(directory)), *written)
@@ -87,7 +88,7 @@ class HashedAhead:
                 with contextlib.suppress(OSError):  # As when it was moved meanwhile: read after the commit.
                     stamp = _stamp(os.stat(path))
                     settled = time.time_ns() - stamp.changed > _SETTLED * 1e9
-                    if stamp.size >= FILE_BYTES and settled and stamp.inode not in begun:
+                    if stamp.size >= self._full and settled and stamp.inode not in begun:
                         begun.add(stamp.inode)
                         # Opened at once: by the time that a thread is free its directory may have another name.
                         self._hashed[stamp] = self._pool.submit(_hash_open, open(path, "rb", buffering=0))  # noqa: SIM115

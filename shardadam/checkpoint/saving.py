@@ -17,6 +17,7 @@ from shardadam.checkpoint.hashing import HashedAhead
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
+from shardadam.checkpoint.reading import STATE
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all
@@ -103,7 +104,9 @@ class Saver:
             if jax.process_index() == 0:
                 self._retain()
 
-        self._sealing = Sealing(self._steps, draft.step, manager.wait_until_finished, seal, self._tidy)
+        full = args[STATE].ocdbt_target_data_file_size
+        ahead = partial(HashedAhead, self._steps.directory, draft.step, full)
+        self._sealing = Sealing(ahead, manager.wait_until_finished, seal, self._tidy)
         self._sealing.start(self._background)
         expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
 

@@ -31,8 +31,7 @@ class Sealing:
     """Waits for a step's commit in the background, then seals it, and after that tidies up.
 
     Args:
-      steps: of the directory.
-      step: the one that is being saved.
+      ahead: makes what hashes the step's files meanwhile.
       commit: returns when the step is committed; raises what the save failed with.
       seal: what is to be done then, given what has been hashed already.
       tidy: what nobody need wait for, once it is sealed; raises nothing.
@@ -40,13 +39,12 @@ class Sealing:
 
     def __init__(
         self,
-        steps: Steps,
-        step: int,
+        ahead: Callable[[], HashedAhead],
         commit: Callable[[], None],
         seal: Callable[[HashedAhead], None],
         tidy: Callable[[], None],
     ) -> None:
-        self._steps, self._step, self._commit, self._seal, self._tidy = steps, step, commit, seal, tidy
+        self._ahead, self._commit, self._seal, self._tidy = ahead, commit, seal, tidy
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._all: Future[None] | None = None
@@ -73,7 +71,7 @@ class Sealing:
 
     def _run(self) -> None:
         try:
-            with HashedAhead(self._steps.directory, self._step) as ahead:
+            with self._ahead() as ahead:
                 self._commit()
             self._seal(ahead)
         except BaseException as error:  # noqa: BLE001 - handed to whoever waits

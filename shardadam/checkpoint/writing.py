@@ -1,15 +1,18 @@
 """How Orbax is told to write a step: into which files, and whether compressed."""
 
+import math
 from typing import Any
 
+import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
 
-# Of a file with array data. Orbax's own 2 GB make one file of most states, which one core hashes after all is written;
-# of several, most are hashed meanwhile, and side by side.
-FILE_BYTES = 2**25
+# Of a file with array data, once it is full. Orbax's own limit makes one file of most states, which one core hashes
+# after all is written; of several, most are hashed meanwhile, and side by side.
+_FILE_BYTES, _MOST_BYTES = 2**25, 2**31
 
 
 def writer(directory: epath.Path, *, compress: bool) -> ocp.CheckpointManager:
@@ -34,6 +37,24 @@ def to_write(state: Any, extra: Any) -> ocp.args.Composite:
       state: a tree of arrays in their logical shapes, and numbers.
       extra: what JSON holds; None for nothing.
     """
-    items = {reading.STATE: ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=FILE_BYTES)}
+    items = {reading.STATE: ocp.args.PyTreeSave(state, ocdbt_target_data_file_size=file_bytes(state))}
     beside = {} if extra is None else {reading.EXTRA: ocp.args.JsonSave(extra)}
     return ocp.args.Composite(**items, **beside)
+
+
+def file_bytes(state: Any) -> int:
+    """How large a file with array data becomes: no smaller than what any device has of a leaf.
+
+    Orbax would cut that into chunks of at most a file, by the divisors of its shape: of a prime length, into single
+    elements.
+
+    Args:
+      state: what is to be written, on every process.
+    """
+    parts = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(state)
+        if isinstance(x, jax.Array) and not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    ]
+    on_host = [x.nbytes for x in jax.tree.leaves(state) if isinstance(x, np.ndarray)]
+    return min(_MOST_BYTES, max([_FILE_BYTES, *parts, *on_host]))

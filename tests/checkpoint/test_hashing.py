@@ -4,6 +4,7 @@ import hashlib
 import os
 import queue
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from etils import epath
 
-from shardadam.checkpoint import Checkpointer, hashing, sealing
+from shardadam.checkpoint import Checkpointer, hashing, reading, sealing, writing
 from shardadam.checkpoint.hashing import HashedAhead, hash_file
 from shardadam.checkpoint.steps import Steps
 
@@ -19,9 +20,8 @@ SIZE = 2**16
 
 
 @pytest.fixture
-def partial(tmp_path, monkeypatch):
+def partial(tmp_path):
     """A directory such as Orbax is writing files to."""
-    monkeypatch.setattr(hashing, "FILE_BYTES", SIZE)
     directory = tmp_path / "7.orbax-checkpoint-tmp" / "state.orbax-checkpoint-tmp" / "ocdbt.process_0" / "d"
     directory.mkdir(parents=True)
     return directory
@@ -44,7 +44,7 @@ def test_what_was_written_to_since_it_was_hashed_is_hashed_again(partial, tmp_pa
     for name in ("same", "longer", "changed", "replaced"):
         (partial / name).write_bytes(rng.bytes(SIZE))
     (partial / "small").write_bytes(b"1")
-    with HashedAhead(epath.Path(tmp_path), 7) as ahead:
+    with HashedAhead(epath.Path(tmp_path), 7, SIZE) as ahead:
         begun(ahead, 4)
         with open(partial / "longer", "ab") as file:
             file.write(b"1")
@@ -66,7 +66,7 @@ def test_a_file_that_may_still_be_written_to_is_not_begun(partial, tmp_path, mon
     path = partial / "growing"
     path.write_bytes(b"0" * SIZE)
     monkeypatch.setattr(hashing, "_SETTLED", 3600)
-    with HashedAhead(epath.Path(tmp_path), 7) as ahead:
+    with HashedAhead(epath.Path(tmp_path), 7, SIZE) as ahead:
         time.sleep(5 * hashing._LOOK)
         assert not ahead._hashed
         path.write_bytes(b"1" * SIZE)
@@ -77,8 +77,7 @@ def test_a_file_that_may_still_be_written_to_is_not_begun(partial, tmp_path, mon
 
 @pytest.mark.parametrize("written", [b"", b"changed after the commit"])
 def test_a_seal_holds_what_is_on_the_disk(tmp_path, monkeypatch, written):
-    monkeypatch.setattr(hashing, "FILE_BYTES", 2**14)
-    monkeypatch.setattr("shardadam.checkpoint.writing.FILE_BYTES", 2**14)
+    monkeypatch.setattr(writing, "_FILE_BYTES", 2**14)
     write_seal, finalize, enter = sealing.write_seal, ocp.PyTreeCheckpointHandler.finalize, HashedAhead.__enter__
     entered, read = queue.SimpleQueue(), []
 
@@ -87,7 +86,8 @@ def test_a_seal_holds_what_is_on_the_disk(tmp_path, monkeypatch, written):
         return enter(self)
 
     def slow(self, directory):
-        begun(entered.get(timeout=20), 2)
+        sizes = [path.stat().st_size for path in Path(directory).rglob("d/*")]
+        begun(entered.get(timeout=20), sum(size >= 2**14 for size in sizes))
         finalize(self, directory)
 
     def with_a_change(steps, draft, ahead):
@@ -101,10 +101,20 @@ def test_a_seal_holds_what_is_on_the_disk(tmp_path, monkeypatch, written):
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", slow)
     monkeypatch.setattr("shardadam.checkpoint.saving.write_seal", with_a_change)
     with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, {"x": jnp.arange(2.0**15)})
+        checkpointer.save(1, {f"x{i}": jnp.arange(2.0**12) for i in range(8)})
     steps = Steps(epath.Path(tmp_path))
     seal = steps.read_seal(1)
     for name, file in seal.files.items():
         assert file == hash_file(steps.path(1) / name), name
     large = {path for path in read if path.stat().length >= 2**14}
     assert len(large) == (1 if written else 0)  # What was hashed ahead is not read again.
+
+
+def test_a_leaf_is_not_cut_for_the_sake_of_smaller_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(writing, "_FILE_BYTES", 2**14)
+    state = {"prime": jnp.arange(10007.0), "small": jnp.arange(2.0**12), "host": np.arange(5003.0)}
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    saved = reading.saved_leaves(epath.Path(tmp_path / "1"))
+    for name, x in state.items():
+        assert saved[name,].storage.chunk_shape == x.shape, name
