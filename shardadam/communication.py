@@ -69,16 +69,23 @@ def _scatter_tiles(x: jax.Array, axis: str) -> jax.Array:
 
     The TPU compiler all-reduces blocks that are no whole tiles, twice the bytes, and adds to others, up to an eighth,
     so that the steps of its ring come out even; of tiles it adds at most one in a hundred. Where the last two dims are
-    whole tiles this is the order they have in memory, and moves nothing; else the blocks are copied.
+    whole tiles this is the order they have in memory, and moves nothing; else the blocks are copied. Over an odd number
+    of devices it is an all-reduce after all.
     """
-    rows, size = x.shape[0] // jax.lax.axis_size(axis), x.size // jax.lax.axis_size(axis)
+    num_blocks = jax.lax.axis_size(axis)
+    rows, size = x.shape[0] // num_blocks, x.size // num_blocks
+    if (
+        num_blocks % 2 and num_blocks > 1
+    ):  # The TPU compiler refuses some: "AllReduce fusion with 7 sized replica_groups".
+        whole = jax.lax.optimization_barrier(jax.lax.psum(x, axis))
+        return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * rows, rows)
     *_, height, width = (rows, *x.shape[1:]) if x.ndim > 1 else (1, 1)
     if height % _ROWS == 0 and width % _LANES == 0:
-        own = _psum_scatter(_tiles(x.reshape(-1, height, width)).reshape(x.size // size, -1, _ROWS, _LANES), axis, 0)
+        own = _psum_scatter(_tiles(x.reshape(-1, height, width)).reshape(num_blocks, -1, _ROWS, _LANES), axis, 0)
         own = own.reshape(-1, height // _ROWS, width // _LANES, _ROWS, _LANES).swapaxes(2, 3)
     elif -size % (_ROWS * _LANES) <= size // 8:
-        blocks = jnp.pad(x.reshape(-1, size), [(0, 0), (0, -size % (_ROWS * _LANES))])
-        own = _psum_scatter(blocks.reshape(len(blocks), _ROWS, -1), axis, 0).reshape(-1)[:size]
+        blocks = jnp.pad(x.reshape(num_blocks, size), [(0, 0), (0, -size % (_ROWS * _LANES))])
+        own = _psum_scatter(blocks.reshape(num_blocks, _ROWS, -1), axis, 0).reshape(-1)[:size]
     else:
         own = _psum_scatter(x, axis, 0)
     return own.reshape(rows, *x.shape[1:])
