@@ -47,6 +47,9 @@ over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint 
 - *digest*: the digests of all leaves alone, as a save computes them. *disk*: as many bytes in one file, written with
   fsync, and read back. *CPU*: seconds of all cores.
 
+The stall is Orbax's own, 1 ms to look through state and directory, and the start of the digests, at a time when Orbax's
+threads want the interpreter and the two cores, too.
+
 At stage 3 the parameters lie in shards, at stage 2 every device has all of them. Simulated devices share one memory,
 and plain Orbax gives all eight the same host array; shardadam's restored arrays are each device's own, so that a step
 can take their memory: at stage 2 eight copies of the parameters. On real devices Orbax has to make them, too.

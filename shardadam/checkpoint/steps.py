@@ -217,10 +217,7 @@ def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) ->
 
 
 def retire_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:
-    """Retires the steps that `to_delete` names; `remove_retired` removes them.
-
-    One that cannot be is logged, and tried again after the next save: the new step is saved all the same.
-    """
+    """Retires the steps that `to_delete` names. One that cannot be is logged, and tried again after the next save."""
     for step in to_delete(steps, max_to_keep, keep_period):
         try:
             steps.retire(step)
@@ -279,11 +276,7 @@ def sync_directory(path: epath.Path) -> None:
 
 
 def existing(path: epath.Path) -> epath.Path:
-    """The path, of a directory that is there.
-
-    Raises:
-      FileNotFoundError: it is not.
-    """
+    """The path, of a directory that is there; raises FileNotFoundError where it is not."""
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     return path
