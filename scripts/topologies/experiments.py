@@ -4,6 +4,7 @@ import argparse
 import datetime
 import importlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,10 @@ def main() -> None:
 
 def measured(module: Any, case: dict[str, Any], python: str) -> dict[str, Any]:
     """What one case says, or why it does not compile."""
-    record = {"date": datetime.date.today().isoformat()}
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    record = {"date": datetime.date.today().isoformat(), "commit": head.stdout.strip()}
     if "topology" not in case:
         return record | module.also(case)
     try:
@@ -62,7 +66,9 @@ def made_with(results: dict[str, Any]) -> str:
     """Versions and date, for the page's head."""
     ran = [found for found in results.values() if "versions" in found]
     versions = {f"{name} {version}" for found in ran for name, version in found["versions"].items()}
-    return f"{', '.join(sorted(versions))}; {max(found['date'] for found in results.values())}"
+    commits = dict.fromkeys(found["commit"] for found in ran)
+    made = f"commit {commits.popitem()[0]}" if len(commits) == 1 else f"commits {', '.join(commits)}"
+    return f"{', '.join(sorted(versions))}; {max(found['date'] for found in results.values())}, {made}"
 
 
 if __name__ == "__main__":

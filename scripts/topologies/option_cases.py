@@ -17,9 +17,14 @@ SPARSE = "xla_tpu_enable_sparse_core_collective_offload_"
 # name: (topology, all axes as one, the programs that are compiled for it).
 TOPOLOGIES = {
     "v5p-64": ("v5p:4x4x4", "x+y+z", ("update, joint", "step, joint", "step, per axis", "1.3B, per axis")),
-    "v6e-256": ("v6e:16x16", "x+y", ("update, joint", "8B, joint", "8B, per axis", "step, joint", "step, per axis")),
+    "v6e-256": (
+        "v6e:16x16",
+        "x+y",
+        ("update, joint", "8B, joint", "8B, per axis", "step, joint", "step, per axis"),
+    ),
     "tpu7x-64": ("tpu7x:2x4x4", "x+y+z+core", ("update, joint",)),  # Its steps take half a minute each.
     "v5p-256": ("v5p:4x8x8", "x+y+z", ("8B, joint", "8B packed, joint", "8B, per axis")),
+    "v5p-1024": ("v5p:8x8x16", "x+y+z", ("8B, per axis", "1.3B, per axis")),
 }
 MODEL = "tiny"
 # What models larger than that are compiled with.
@@ -66,18 +71,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no latency hiding": {"xla_tpu_enable_latency_hiding_scheduler": False},
     "a name that is none": {"xla_enable_reduce_scatter": True},
 }
-HEAD = "| topology | program | options | x ideal | collectives, x a parameter's bytes | temp MiB | peak MiB |"
-RULE = "| --- | --- | --- | --: | --- | --: | --: |"
+HEAD = "| topology | program | options | x ideal | collectives, x a parameter's bytes | temp MiB | peak MiB | commit |"
+RULE = "| --- | --- | --- | --: | --- | --: | --: | --- |"
 INTRO = """# Compiler options
 
 {versions}. Nothing was run. Written by `./scripts/bench_experiments options`.
 
 *update, joint*: the update of a leaf of (8, 4096, 14336) by one collective over all devices, as in
-[orders.md](orders.md); *8B* and *1.3B*: that of a whole model. *step*: the train step
-at stage 2 of a model of {model} parameters, one sequence of 128 tokens per device, by one collective over all devices
-or by one for each axis. {sizes}.
+[orders.md](orders.md); *8B* and *1.3B*: those of such models, as in [topologies.md](topologies.md). *step*: the train
+step at stage 2 of a model of {model} parameters, one sequence of 128 tokens per device.
+*joint*: by one collective over all devices; *per axis*: by one for each. {sizes}.
 What collectives send is in multiples of all parameters' bytes. Where an option changes nothing (collectives, temp and
-peak are those of *none*), the row says so.
+peak are those of *none*), the row says so. *commit*: which version was compiled: since ae36fd3 reduce-scatters one
+axis at a time are of whole tiles.
 
 ## Options
 
@@ -149,13 +155,14 @@ def row(key: str, found: dict[str, Any], results: dict[str, Any]) -> str:
     """One compilation."""
     if "error" in found:
         said = found["error"].partition("INVALID_ARGUMENT: ")[2] or found["error"]
-        return f"| {key} | | {said.replace('|', '/')} | | |"
+        return f"| {key} | | {said.replace('|', '/')} | | | {found['commit']} |"
     where, program, name = key.split(" | ")
     plain = results.get(f"{where} | {program} | none", {})
     told = ("wire_bytes", "temp_bytes", "peak_bytes")
     if name != "none" and all(found[column] == plain.get(column) for column in told):
-        return f"| {key} | | as with none | | |"
+        return f"| {key} | | as with none | | | {found['commit']} |"
     sent = found["wire_bytes"]
     ops = "; ".join(f"{op} {total / found['whole_bytes']:.2f}" for op, total in sent.items() if total > 2**20)
     memory = (f"{found[column] / 2**20:.1f}" for column in told[1:])
-    return f"| {key} | {sum(sent.values()) / found['ideal_bytes']:.2f} | {ops} | {' | '.join(memory)} |"
+    cells = [key, f"{sum(sent.values()) / found['ideal_bytes']:.2f}", ops, *memory, found["commit"]]
+    return f"| {' | '.join(cells)} |"

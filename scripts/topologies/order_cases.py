@@ -38,9 +38,9 @@ KINDS = ("reduce-scatter", "all-gather", "all-reduce", "collective-permute")
 HEAD = (
     "| topology | leaf | order | x ideal | "
     + " | ".join(f"{kind} MiB" for kind in KINDS)
-    + " | calls | temp MiB | compile s |"
+    + " | calls | temp MiB | compile s | commit |"
 )
-RULE = "| --- | --- | --- |" + " --: |" * (len(KINDS) + 4)
+RULE = "| --- | --- | --- |" + " --: |" * (len(KINDS) + 4) + " --- |"
 INTRO = """# Orders of the axes
 
 {versions}. Nothing was run. Written by `./scripts/bench_experiments orders`.
@@ -48,13 +48,13 @@ INTRO = """# Orders of the axes
 An update in the natural layout: every device's own gradient is reduced, applied, and the parameter is gathered, along
 the axes of a mesh one at a time (`collective="per_axis"`). *order*: `axis_name=`, along which the gradient is
 scattered; the parameter is gathered in the reverse order. x, y and z are the axes of the torus, and x+y an axis of the
-mesh that has both. *embedding* is (128256, 4096), in pieces of 256 columns, *layers* (8, 4096, 14336), each layer in
-two pieces, *one piece* (4096, 4096), each alone; {model} is a whole model. Parameters and gradients are in bfloat16,
-moments in float32. {sizes}.
+mesh that has both. *embedding* is (128256, 4096), *layers* (8, 4096, 14336), *one piece* (4096, 4096), each alone;
+{model} is a whole model. Parameters and gradients are in bfloat16, moments in float32. {sizes}.
 
 *x ideal*: what a device sends, by the ring algorithms, over one reduce-scatter of the gradient and one all-gather of
 the parameter. *temp*: beside arguments and results; the parameter is donated, and the gradient is an argument. *calls*:
-how many collectives are run, permutes not counted.
+how many collectives are run, permutes not counted. *commit*: which version was compiled: since ae36fd3 reduce-scatters
+are of whole tiles, and pieces are smaller.
 """
 
 
@@ -139,9 +139,14 @@ def page(results: dict[str, Any], versions: str) -> str:
 def row(key: str, found: dict[str, Any]) -> str:
     """One compilation."""
     if "error" in found:
-        return f"| {key} | {found['error'].replace('|', '/')} |" + " |" * (len(KINDS) + 3)
+        return f"| {key} | {found['error'].replace('|', '/')} |" + " |" * (len(KINDS) + 4)
     sent = found["wire_bytes"]
     numbers = [f"{sum(sent.values()) / found['ideal_bytes']:.2f}"]
     numbers += [f"{sent.get(kind, 0) / 2**20:.0f}" for kind in KINDS]
-    numbers += [str(found["calls"]), f"{found['temp_bytes'] / 2**20:.1f}", str(found["compile_seconds"])]
+    numbers += [
+        str(found["calls"]),
+        f"{found['temp_bytes'] / 2**20:.1f}",
+        str(found["compile_seconds"]),
+        found["commit"],
+    ]
     return f"| {key} | {' | '.join(numbers)} |"
