@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from shardadam.blocks import Region, gather_leaf, scatter_leaf
+from shardadam.blocks import Region, gather_leaf, row_major_leaf, scatter_leaf
 from shardadam.communication import tap
 from shardadam.layout import LeafPlan
 from shardadam.plan import Plan
@@ -24,6 +24,7 @@ class Gatherable:
     def whole(self) -> jax.Array:
         """The parameter; its gradient is reduce-scattered onto `block`."""
         held = gather_leaf(self.held, leaf=self.leaf, region=self.region) if self.in_shards else self.held
+        held = row_major_leaf(held, leaf=self.leaf, region=self.region)
         return tap(held, self.block, functools.partial(scatter_leaf, leaf=self.leaf, region=self.region))
 
 

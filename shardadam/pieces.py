@@ -92,8 +92,8 @@ def in_pieces(
         return made.reshape(*piece.shape[:num_stacked], *made.shape)
 
     def one(i: jax.Array, whole: jax.Array) -> jax.Array:
-        piece = _row_major(jax.lax.dynamic_slice(x, starts(i, x.shape), sizes(x.shape)))
-        return jax.lax.dynamic_update_slice(whole, _row_major(done(piece)), starts(i, whole.shape))
+        piece = row_major(jax.lax.dynamic_slice(x, starts(i, x.shape), sizes(x.shape)))
+        return jax.lax.dynamic_update_slice(whole, row_major(done(piece)), starts(i, whole.shape))
 
     if into is None:
         made = jax.eval_shape(done, jax.ShapeDtypeStruct(sizes(x.shape), x.dtype))
@@ -101,6 +101,9 @@ def in_pieces(
     return jax.lax.fori_loop(0, math.prod(counts), one, into)
 
 
-def _row_major(x: jax.Array) -> jax.Array:
-    """Else XLA:TPU copies the whole array before a loop that wants pieces of it in another order."""
+def row_major(x: jax.Array) -> jax.Array:
+    """The array, its last dim the minor one in memory: a piece of a larger array that a loop takes pieces of.
+
+    Where the loop wants each in another order, XLA:TPU else copies the whole array before it, not each piece within it.
+    """
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
