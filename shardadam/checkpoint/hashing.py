@@ -60,7 +60,7 @@ class HashedAhead:
         self._hashed: dict[Stamp, Future[SealedFile]] = {}
         self._committed = threading.Event()
         self._watch = threading.Thread(target=self._look, name="checkpoint-hash")
-        self._pool = ThreadPoolExecutor(_threads(beside=True))
+        self._pool = ThreadPoolExecutor(max(1, _threads() // 2))  # Orbax wants the other half of the cores.
         self._has_times = is_local(directory)
 
     def __enter__(self) -> Self:
@@ -117,7 +117,7 @@ def hash_together(
         return known or hash_file(path / name)
 
     def hash_mine() -> dict[str, SealedFile]:
-        with ThreadPoolExecutor(_threads(beside=not durably)) as pool, ThreadPoolExecutor(_THREADS) as waiting:
+        with ThreadPoolExecutor(_threads()) as pool, ThreadPoolExecutor(_THREADS) as waiting:
             synced = waiting.map(lambda name: sync_file(path / name), mine if durably else [])
             found = dict(zip(mine, pool.map(hash_one, mine), strict=True))
             list(synced)  # Raises what went wrong.
@@ -169,10 +169,9 @@ def _shares_by_writer(names: Mapping[str, int], count: int) -> list[list[str]]:
     return shares
 
 
-def _threads(*, beside: bool) -> int:
-    """How many hash: beside Orbax, which then reads or writes, on half of the cores."""
-    cores = os.cpu_count() or 1
-    return max(1, min(_THREADS, cores // 2 if beside else cores))
+def _threads() -> int:
+    """How many hash: in a restore as many as there are cores, since hashing takes longer there than Orbax's reading."""
+    return min(_THREADS, os.cpu_count() or 1)
 
 
 def _stamp(status: os.stat_result) -> Stamp:
