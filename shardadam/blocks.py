@@ -71,7 +71,7 @@ def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
         x = in_pieces(block, part, cuts, num_stacked)
         return jnp.expand_dims(x, (num_stacked, num_stacked + 1))
 
-    return _on_parts(own_block, leaf, region, num_stacked, to_block=True)(g)
+    return _on_parts(own_block, leaf, region, num_stacked, leaf.param_spec, block_spec(leaf))(g)
 
 
 def _as_major(scatter_or_gather: Any, x: jax.Array, dim: int) -> jax.Array:
@@ -98,7 +98,7 @@ def gather_leaf(block: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Arra
         x = jnp.squeeze(x, (num_stacked, num_stacked + 1))
         return gather_block(x, leaf, shape, region.collective)
 
-    return _on_parts(own_part, leaf, region, num_stacked, to_block=False)(block)
+    return _on_parts(own_part, leaf, region, num_stacked, block_spec(leaf), leaf.param_spec)(block)
 
 
 def gather_block(
@@ -140,9 +140,9 @@ def leaf_cuts(
     """
     sizes = [axis_sizes[axis] for axis in leaf.shard_axes]
     num_blocks = math.prod(sizes) if collective == "joint" else max(sizes)
-    if leaf.layout == "packed" or not within_layer:
-        return cuts_of(shape, num_stacked, (), num_blocks)
-    free = set(range(num_stacked, len(shape))) - {split_dim(leaf, num_stacked)}
+    free: set[int] = set()
+    if leaf.layout != "packed" and within_layer:
+        free = set(range(num_stacked, len(shape))) - {split_dim(leaf, num_stacked)}
     return cuts_of(shape, num_stacked, free, num_blocks)
 
 
@@ -152,10 +152,8 @@ def row_major_leaf(x: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array
     What a matrix product wants in another order XLA:TPU then copies layer by layer in a scan, not the stack before it:
     1.5 GiB of a train step of 8B parameters.
     """
-    if not region.auto:
-        return row_major(x)
-    spec = part_of_spec(leaf.param_spec, region.auto, leaf.stacked_dims - (x.ndim - _layer_ndim(leaf)))
-    return jax.shard_map(row_major, in_specs=spec, out_specs=spec, axis_names=set(region.auto), check_vma=False)(x)
+    num_stacked = x.ndim - _layer_ndim(leaf)
+    return _on_parts(row_major, leaf, region, num_stacked, leaf.param_spec, leaf.param_spec)(x)
 
 
 def block_spec(leaf: LeafPlan) -> P:
@@ -190,15 +188,13 @@ def part_of_spec(spec: P, axes: tuple[str, ...], skipped: int = 0) -> P:
     return only_axes(rest, axes, len(rest))
 
 
-def _on_parts(f: Any, leaf: LeafPlan, region: Region, num_stacked: int, *, to_block: bool) -> Any:
-    """`f` on each device's own part of a leaf, with specs for what goes in and what comes out."""
+def _on_parts(f: Any, leaf: LeafPlan, region: Region, num_stacked: int, given: P, made: P) -> Any:
+    """`f` on each device's own part of a leaf, or of one layer of it; the specs are those of whole leaves."""
     if not region.auto:
         return f
     # Manual over the other axes as well: each device handles its own part, and nothing moves over those axes.
     of = functools.partial(part_of_spec, axes=region.auto, skipped=leaf.stacked_dims - num_stacked)
-    whole, block = of(leaf.param_spec), of(block_spec(leaf))
-    specs = (whole, block) if to_block else (block, whole)
-    return jax.shard_map(f, in_specs=specs[0], out_specs=specs[1], axis_names=set(region.auto), check_vma=False)
+    return jax.shard_map(f, in_specs=of(given), out_specs=of(made), axis_names=set(region.auto), check_vma=False)
 
 
 def _layer_ndim(leaf: LeafPlan) -> int:

@@ -74,9 +74,8 @@ def _scatter_tiles(x: jax.Array, axis: str) -> jax.Array:
     """
     num_blocks = jax.lax.axis_size(axis)
     rows, size = x.shape[0] // num_blocks, x.size // num_blocks
-    if (
-        num_blocks % 2 and num_blocks > 1
-    ):  # The TPU compiler refuses some: "AllReduce fusion with 7 sized replica_groups".
+    if num_blocks % 2 and num_blocks > 1:
+        # As a reduce-scatter, the TPU compiler refuses some: "AllReduce fusion with 7 sized replica_groups".
         whole = jax.lax.optimization_barrier(jax.lax.psum(x, axis))
         return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * rows, rows)
     *_, height, width = (rows, *x.shape[1:]) if x.ndim > 1 else (1, 1)

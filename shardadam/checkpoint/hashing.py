@@ -91,7 +91,8 @@ class HashedAhead:
                     if stamp.size >= self._full and settled and stamp.inode not in begun:
                         begun.add(stamp.inode)
                         # Opened at once: by the time that a thread is free its directory may have another name.
-                        self._hashed[stamp] = self._pool.submit(_hash_open, open(path, "rb", buffering=0))  # noqa: SIM115
+                        file = open(path, "rb", buffering=0)  # noqa: SIM115 - `_hash_open` closes it
+                        self._hashed[stamp] = self._pool.submit(_hash_open, file)
 
 
 def hash_together(
