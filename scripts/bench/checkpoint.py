@@ -173,8 +173,9 @@ def report(nbytes, found):
         if (values := [figures[name] for figures in found])
     }
     goals = {
-        text: ratio(found, figure, base) | {"limit": limit, "met": ratio(found, figure, base)["ratio"] <= limit}
+        text: against | {"limit": limit, "met": against["ratio"] <= limit}
         for text, (figure, base, limit) in GOALS.items()
+        if (against := ratio(found, figure, base))
     }
     alike = {text: ratio(found, *names) for text, names in COMPRESSED.items()}
     return {"nbytes": nbytes, "rounds": len(found), "goals": goals, "compressed": alike, "seconds": seconds}

@@ -11,14 +11,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 from grid import MEMORY, TOPOLOGIES, Case, all_cases
-from models import abstract_params, layer_bytes, num_params, stacked_dims, tensor_specs
+from models import WIDTH, abstract_params, layer_bytes, num_params, stacked_dims, tensor_specs
 
 import shardadam
 from shardadam.topology import Compilation, CompilationError, compile_for, parse_topology
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "benchmarks" / "topologies.json"
-WIDTH = 2  # Bytes of a parameter, and of a gradient on the wire.
 
 
 def main() -> None:

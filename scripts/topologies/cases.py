@@ -92,24 +92,14 @@ def abstract_state(model: str, plan: Any, tx: Any, *, sharded: bool, stage: int)
     """A TrainState of shapes, with float32 moments: whole ones where they are not `sharded`."""
     mesh = plan.mesh
 
-    def create(params: Any) -> shardadam.TrainState:
-        at_rest = {"stage": 3} if stage == 3 else {}
-        return shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, plan=plan, **at_rest)
-
     def moment(leaf: Any, x: Any, path: str) -> Any:
         natural = x.shape == leaf.shape
         spec = leaf.param_spec if not sharded else leaf.state_spec if natural else P()
         return jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=NamedSharding(mesh, spec))
 
-    state = jax.eval_shape(create, abstract_params(model))
+    state = created(abstract_params(model), plan, tx, stage)
     if isinstance(tx, shardadam.transformation.ShardedTransformation):
-        placed = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
-        adam = placed.opt_state[0]
-        wide = functools.partial(
-            jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding)
-        )
-        adam = adam._replace(mu=wide(adam.mu), nu=wide(adam.nu))
-        return placed.replace(opt_state=(adam, *placed.opt_state[1:]))
+        return placed(state)
     whole = NamedSharding(mesh, P())
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), state)
     params = map_leaves(
@@ -120,6 +110,21 @@ def abstract_state(model: str, plan: Any, tx: Any, *, sharded: bool, stage: int)
     adam = state.opt_state[0]
     adam = adam._replace(mu=map_leaves(moment, adam.mu, plan), nu=map_leaves(moment, adam.nu, plan))
     return state.replace(params=params, opt_state=(adam, *state.opt_state[1:]))
+
+
+def created(params: Any, plan: Any, tx: Any, stage: int = 2) -> shardadam.TrainState:
+    """A TrainState of shapes."""
+    at_rest = {"stage": 3} if stage == 3 else {}
+    create = functools.partial(shardadam.TrainState.create, apply_fn=None, tx=tx, plan=plan, **at_rest)
+    return jax.eval_shape(lambda params: create(params=params), params)
+
+
+def placed(state: shardadam.TrainState) -> shardadam.TrainState:
+    """This project's state where its plan has it, with float32 moments."""
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+    adam = state.opt_state[0]
+    wide = functools.partial(jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding))
+    return state.replace(opt_state=(adam._replace(mu=wide(adam.mu), nu=wide(adam.nu)), *state.opt_state[1:]))
 
 
 def stacked_gradient(leaf: Any, x: Any, data: tuple[str, ...], mesh: Any) -> Any:

@@ -29,6 +29,7 @@ MODELS = {
     "8B": Model(32, 4096, 14336, 32, 8, 128256),
     "70B": Model(80, 8192, 28672, 64, 8, 128256),
 }
+WIDTH = 2  # Bytes of a parameter, and of a gradient on the wire.
 TIED = ("124M", "1.3B")
 STACKED = {"embed": 0, "layers": 1, "norm": 0, "head": 0}
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 from grid import ND
-from models import abstract_params, num_params
-from order_cases import WIDTH, tree_of
+from models import WIDTH, abstract_params, num_params
+from order_cases import tree_of
 
 from shardadam.topology import Compilation
 

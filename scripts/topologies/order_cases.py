@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from cases import sharded_update, stacked_gradient
+from cases import created, placed, sharded_update, stacked_gradient
 from jax.sharding import AxisType, Mesh
-from models import abstract_params, stacked_dims
+from models import WIDTH, abstract_params, stacked_dims
 
 import shardadam
 from shardadam.sharding import map_leaves
 from shardadam.topology import Compilation, Target
 
-WIDTH = 2  # Bytes of a parameter, and of a gradient on the wire.
 # name: (topology, orders): axes that + joins are one axis of the mesh.
 ORDERS_2D = ("x y", "y x", "x+y")
 ORDERS_3D = (
@@ -71,14 +70,7 @@ def build(target: Target, *, order: str, leaf: str) -> Any:
     params, stacked = tree_of(leaf)
     plan = shardadam.make_plan(params, mesh, axis_name=axes, layout="natural", stacked_dims=stacked)
     tx = shardadam.adam(1e-3, plan=plan)
-    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx, plan=plan), params)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=x.sharding), tree)
-
-    adam = state.opt_state[0]
-    state = state.replace(opt_state=(adam._replace(mu=wide(adam.mu), nu=wide(adam.nu)), *state.opt_state[1:]))
+    state = placed(created(params, plan, tx))
     grads = map_leaves(lambda leaf, x, path: stacked_gradient(leaf, x, axes, mesh), params, plan)
     return sharded_update(state, tx, axes, "per_axis", 2), state, grads
 

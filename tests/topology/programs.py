@@ -36,13 +36,17 @@ def params_and_plan(mesh, axis_name):
     return params, shardadam.make_plan(params, mesh, axis_name=axis_name, stacked_dims=stacked)
 
 
+def abstract_state(params, plan):
+    tx = shardadam.adam(1e-3, plan=plan)
+    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx), params)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+
+
 def train_step(target, per_axis=False, stage=2):
     """`make_train_step` over one axis, or over those of the torus one at a time."""
     mesh = target.mesh(target.torus() if per_axis else "data")
     params, plan = params_and_plan(mesh, mesh.axis_names)
-    tx = shardadam.adam(1e-3, plan=plan)
-    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx), params)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+    state = abstract_state(params, plan)
     collective = "per_axis" if per_axis else "joint"
     step = shardadam.make_train_step(loss_fn, state, stage=stage, collective=collective)
     x = sds((mesh.size * 2, DIM), jnp.bfloat16, mesh, P(mesh.axis_names))
@@ -58,9 +62,7 @@ def awkward_step(target):
     params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in AWKWARD.items()}
     stacked = {name: int(name == "stack") for name in AWKWARD}
     plan = shardadam.make_plan(params, mesh, axis_name=mesh.axis_names, stacked_dims=stacked)
-    tx = shardadam.adam(1e-3, plan=plan)
-    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx), params)
-    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+    state = abstract_state(params, plan)
 
     def loss(params, x):
         whole = [shardadam.gather(w) for w in params.values()]

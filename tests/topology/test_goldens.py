@@ -40,7 +40,7 @@ def test_equal_to_the_golden(platform, name, tmp_path):
     assert record(found) == golden["cases"][name], f"./scripts/goldens {platform} renews it, if that is meant"
 
 
-@pytest.mark.skipif(installed("libtpu") is None, reason="needs the extra aot-tpu: libtpu")
+@needs("tpu")
 def test_a_second_time_comes_from_the_cache_and_an_option_does_not(tmp_path):
     first = compiled("tpu", "v5e step joint", cache_dir=tmp_path)
     again = compiled("tpu", "v5e step joint", cache_dir=tmp_path)
@@ -52,7 +52,7 @@ def test_a_second_time_comes_from_the_cache_and_an_option_does_not(tmp_path):
     assert first.memory.donation_complete
 
 
-@pytest.mark.skipif(installed("libtpu") is None, reason="needs the extra aot-tpu: libtpu")
+@needs("tpu")
 def test_what_a_builder_raises_is_told():
     with pytest.raises(CompilationError, match=r"v5e:2x2: TypeError: .*no_such_argument"):
         compile_for("v5e:2x2", "shardadam.topology.names:parse_topology", kwargs={"no_such_argument": 1})
@@ -75,7 +75,7 @@ def test_reduce_scatters_are_real_on_every_tpu_when_axes_are_the_torus():
         assert golden[name]["memory"]["not_donated"] == [], name
 
 
-@pytest.mark.skipif(installed("libtpu") is None, reason="needs the extra aot-tpu: libtpu")
+@needs("tpu")
 @pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:16x16"])
 def test_awkward_leaves_are_scattered_in_whole_tiles(topology, tmp_path, monkeypatch):
     monkeypatch.delenv("JAX_NUMPY_DTYPE_PROMOTION", raising=False)
