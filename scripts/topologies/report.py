@@ -1,14 +1,16 @@
 """The page of the comparison: goals met or not, then a table for each model and program."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 from grid import MEMORY, MODELS, STRATEGIES, TOPOLOGIES, all_cases
 
 GIB = 2**30
-HEAD = "| topology | strategy | peak GiB | temp GiB | wire GiB | x ideal | state x even | collectives | compile s |"
-RULE = "| --- | --- | --: | --: | --: | --: | --: | --- | --: |"
+HEAD = (
+    "| topology | strategy | peak GiB | temp GiB | wire GiB | x ideal | state x even "
+    "| collectives | compile s | commit |"
+)
+RULE = "| --- | --- | --: | --: | --: | --: | --: | --- | --: | --- |"
 INTRO = """# Compiled for topologies that are not here
 
 {versions}. {done} of {all} cases are done: {failed} of them the compiler
@@ -29,34 +31,34 @@ pass of a scan.
   does not fit, too; the page says where.
 - *gspmd* is optax with moments placed by hand as the natural layout has them; *auto* and *packed* are this project's
   layouts; *nd* is the compiler option `xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter`.
+- *commit*: which version was compiled; rows without are older than aeecd69, by a day at most.
 """
 
 
-def write_page(results: dict[str, Any], path: Path) -> None:
+def page(results: dict[str, Any], versions: str) -> str:
     """From the results of all runs."""
     cases = [case for case in all_cases() if case.key in results]
-    ran = [results[case.key] for case in cases]
-    versions = {f"{name} {version}" for found in ran for name, version in found.get("versions", {}).items()}
+    found = [results[case.key] for case in cases]
     intro = INTRO.format(
-        versions=", ".join(sorted(versions)) + "; " + max(found["date"] for found in ran),
+        versions=versions,
         done=len(cases),
         all=sum(1 for _ in all_cases()),
-        failed=sum("error" in found for found in ran),
-        too_large=sum("too_large" in found for found in ran),
+        failed=sum("error" in x for x in found),
+        too_large=sum("too_large" in x for x in found),
     )
     parts = [intro, goals(results)]
     for model, program in itertools.product(MODELS, ("update", "step")):
         rows = [row(case, results[case.key]) for case in cases if (case.model, case.program) == (model, program)]
         if rows:
             parts.append("\n".join([f"## {model}, {program}", "", HEAD, RULE, *rows]))
-    path.write_text("\n".join(part.strip("\n") + "\n" for part in parts))
+    return "\n".join(part.strip("\n") + "\n" for part in parts)
 
 
 def row(case: Any, found: dict[str, Any]) -> str:
     """One case."""
     refused = found.get("too_large") or found.get("error")
     if refused:
-        return f"| {case.where} | {case.name} | {refused.replace('|', '/')} | | | | | | |"
+        return f"| {case.where} | {case.name} | {refused.replace('|', '/')} | | | | | | | {found.get('commit', '')} |"
     ops = "; ".join(
         f"{times} {kind} {size / GIB:.2f}" for kind, (times, size) in found["collectives"].items() if size > 2**20
     )
@@ -64,7 +66,7 @@ def row(case: Any, found: dict[str, Any]) -> str:
     numbers += [found["wire_bytes"] / found["ideal_wire_bytes"], found["state_ratio"]]
     peak, *rest = (f"{x:.2f}" for x in numbers)
     fits = "" if numbers[0] <= MEMORY[case.chip] else f" of {MEMORY[case.chip]}, does not fit"
-    cells = [case.where, case.name, peak + fits, *rest, ops, f"{found['compile_seconds']:.0f}"]
+    cells = [case.where, case.name, peak + fits, *rest, ops, f"{found['compile_seconds']:.0f}", found.get("commit", "")]
     return f"| {' | '.join(cells)} |"
 
 
