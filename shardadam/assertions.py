@@ -38,10 +38,11 @@ def assert_collectives(
       compiled: what `jax.jit(step).lower(...).compile()` returns, or its text. Its mesh is the plan's.
       plan: of the parameters.
       stage: as for `make_train_step`.
-      num_reductions: how often a step reduces the gradients: `num_microbatches` where it accumulates shards, 0 where
-        they come reduced.
-      reduce_dtype: the widest dtype that gradients may be reduced in; default: the widest of the parameters'.
-      max_ratio: how many times the plan's bytes may go over the wire.
+      num_reductions: how often a step reduces the gradients, and at stage 3 gathers the parameters: `num_microbatches`
+        where it accumulates shards, 0 where they come reduced.
+      reduce_dtype: the widest dtype that gradients may be reduced in; default: each leaf's own.
+      max_ratio: how many times the plan's bytes may go over the wire: in all, and of gathers and of reductions what is
+        wider than some of the plan's dtypes.
       allow_widening: XLA:CPU has no collectives in 16 bits and does them in float32: True compares as if that were
         asked for. TPU and GPU need no such thing.
       allow_ops: more ops that may appear, such as "collective-permute", with which TPUs align what they reduce-scatter.
@@ -59,9 +60,9 @@ def assert_collectives(
       >>> update = jax.jit(tx.update).lower(params, tx.init(params), params)
       >>> shardadam.assert_collectives(update.compile(), plan, num_reductions=0)
     """
-    widest = max((leaf.dtype.itemsize for leaf in plan.leaves.values()), default=0)
-    reduced = widest if reduce_dtype is None else jnp.dtype(reduce_dtype).itemsize
-    least = 4 if allow_widening else 0
+    if allow_widening:
+        reduce_dtype = None if reduce_dtype is None else _widest(jnp.dtype(reduce_dtype))
+        plan = _widened(plan)
     found = [op for op in collectives(compiled) if op.group_size > 1]
     ours = [op for op in found if not axes_of(op, plan) <= set(model_axes)]
     faults = []
@@ -73,13 +74,7 @@ def assert_collectives(
             faults.append(f"{op.op} over {across}, which is not among the plan's axes {plan.axis_names}: {op}")
         elif op.op == "all-reduce" and stage != 1 and not _may_be_whole(op, plan):
             faults.append(f"all-reduced, and should be reduce-scattered or gathered: {op}")
-        wanted = max(least, widest if op.op == "all-gather" else reduced)
-        faults += [
-            f"{x.dtype} on the wire, wider than {wanted} bytes: {op}"
-            for x in op.operands
-            if x.size > _SCALARS and x.bits > 8 * wanted
-        ]
-    faults += _excess(ours, _budget(plan, stage, num_reductions, reduce_dtype, least), max_ratio)
+    faults += _excess(ours, plan, stage, num_reductions, reduce_dtype, max_ratio)
     if faults:
         raise AssertionError(f"{len(faults)} faults in {len(found)} collectives:\n  " + "\n  ".join(faults))
 
@@ -111,15 +106,6 @@ def _sizes(leaf: LeafPlan) -> Iterator[int]:
     yield leaf.layer_size // leaf.num_parts
 
 
-def _budget(plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dtype: Any, least: int) -> int:
-    """The plan's bytes on the wire; with `least`, no element has fewer bytes than that."""
-    if least:
-        reduce_dtype = None if reduce_dtype is None else _widest(jnp.dtype(reduce_dtype))
-        plan = _widened(plan)
-    found = estimate_bytes(plan, stage=stage, reduce_dtype=reduce_dtype)
-    return num_reductions * found.reduce_bytes + found.gather_bytes
-
-
 def _widened(plan: Plan) -> Plan:
     """The plan as if every leaf were of float32, or of what it has that is wider."""
     items = tuple((path, dataclasses.replace(leaf, dtype=_widest(leaf.dtype))) for path, leaf in plan.items)
@@ -130,14 +116,48 @@ def _widest(dtype: np.dtype) -> np.dtype:
     return dtype if dtype.itemsize >= 4 else np.dtype(np.float32)
 
 
-def _excess(ops: list[CollectiveOp], budget: int, max_ratio: float) -> list[str]:
-    """What is wrong with the bytes of all collectives but those of scalars."""
+def _excess(
+    ops: list[CollectiveOp], plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dtype: Any, ratio: float
+) -> list[str]:
+    """What is wrong with the bytes of all collectives but those of scalars: in all, and in the wider dtypes."""
     arrays = [op for op in ops if any(x.size > _SCALARS for x in op.operands)]
     unknown = [op for op in arrays if op.total_wire_bytes is None]
     if unknown:
         return [f"in a loop whose trip count is not in the program, so its bytes are not known: {op}" for op in unknown]
-    sent = sum(op.total_wire_bytes or 0 for op in arrays)
-    if sent <= max_ratio * budget:
-        return []
-    most = max(arrays, key=lambda op: op.total_wire_bytes or 0)
-    return [f"{sent:,} bytes on the wire, the plan has {budget:,} ({max_ratio} x is allowed); the most by {most}"]
+    widths = {leaf.dtype.itemsize for leaf in plan.leaves.values()}
+    widths |= set() if reduce_dtype is None else {jnp.dtype(reduce_dtype).itemsize}
+    faults = []
+    for width in [0, *sorted(widths)]:
+        wide = [op for op in arrays if any(x.size > _SCALARS and x.bits > 8 * width for x in op.operands)]
+        reduced, gathered = _budget(plan, stage, num_reductions, reduce_dtype, width)
+        gathers = [op for op in wide if op.op == "all-gather"]
+        others = [op for op in wide if op.op != "all-gather"]
+        rows = [(gathers, gathered), (others, reduced)] if width else [(wide, reduced + gathered)]
+        faults += [fault for ops, budget in rows if (fault := _over(ops, budget, width, ratio))]
+    return faults
+
+
+def _budget(plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dtype: Any, width: int) -> tuple[int, int]:
+    """The plan's bytes on the wire, of reductions and of gathers, in dtypes of more than `width` bytes an element."""
+
+    def of(reduced: bool) -> Any:
+        own = reduce_dtype if reduced else None
+        kept = [
+            (path, leaf)
+            for path, leaf in plan.items
+            if (leaf.dtype if own is None else jnp.dtype(own)).itemsize > width
+        ]
+        return estimate_bytes(dataclasses.replace(plan, items=tuple(kept)), stage=stage, reduce_dtype=reduce_dtype)
+
+    times = max(1, num_reductions) if stage == 3 else 1
+    return num_reductions * of(reduced=True).reduce_bytes, times * of(reduced=False).gather_bytes
+
+
+def _over(ops: list[CollectiveOp], budget: int, width: int, ratio: float) -> str | None:
+    """Whether collectives send more than they may."""
+    sent = sum(op.total_wire_bytes or 0 for op in ops)
+    if sent <= ratio * budget:
+        return None
+    most = max(ops, key=lambda op: op.total_wire_bytes or 0)
+    wide = f" in more than {width} bytes an element" if width else ""
+    return f"{sent:,} bytes on the wire{wide}, the plan has {budget:,} ({ratio} x is allowed); the most by {most}"

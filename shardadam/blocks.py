@@ -48,9 +48,11 @@ def scatter_leaf(g: jax.Array, *, leaf: LeafPlan, region: Region) -> jax.Array:
       `block_spec`.
     """
     g = g if region.reduce_dtype is None else g.astype(region.reduce_dtype)
-    if leaf.num_shards == 1:
-        return jax.lax.psum(g, region.manual)
     num_stacked = g.ndim - _layer_ndim(leaf)  # Within a scan, a layer has none.
+    if leaf.num_shards == 1:
+        # On parts, as XLA:CPU aborts at a sum in 16 bits over some axes of a mesh while others are Auto.
+        whole = functools.partial(jax.lax.psum, axis_name=region.manual)
+        return _on_parts(whole, leaf, region, num_stacked, leaf.param_spec, leaf.param_spec)(g)
 
     def block(piece: jax.Array, stacked: int) -> jax.Array:
         x = pack(piece, leaf.num_shards, stacked) if leaf.layout == "packed" else piece

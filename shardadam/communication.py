@@ -1,5 +1,6 @@
 """Reduce-scatter and all-gather over named mesh axes, and the tap between them: inside a `shard_map` over the axes."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -70,14 +71,16 @@ def _scatter_tiles(x: jax.Array, axis: str) -> jax.Array:
     The TPU compiler all-reduces blocks that are no whole tiles, twice the bytes, and adds to others, up to an eighth,
     so that the steps of its ring come out even; of tiles it adds at most one in a hundred. Where the last two dims are
     whole tiles this is the order they have in memory, and moves nothing; else the blocks are copied. Over an odd number
-    of devices it is an all-reduce after all.
+    of a TPU's devices it is an all-reduce after all.
     """
     num_blocks = jax.lax.axis_size(axis)
     rows, size = x.shape[0] // num_blocks, x.size // num_blocks
     if num_blocks % 2 and num_blocks > 1:
-        # As a reduce-scatter, the TPU compiler refuses some: "AllReduce fusion with 7 sized replica_groups".
-        whole = jax.lax.optimization_barrier(jax.lax.psum(x, axis))
-        return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * rows, rows)
+        return jax.lax.platform_dependent(
+            x,
+            tpu=functools.partial(_reduced_block, axis=axis),
+            default=functools.partial(_psum_scatter, axes=axis, dim=0),
+        )
     *_, height, width = (rows, *x.shape[1:]) if x.ndim > 1 else (1, 1)
     if height % _ROWS == 0 and width % _LANES == 0:
         own = _psum_scatter(_tiles(x.reshape(-1, height, width)).reshape(num_blocks, -1, _ROWS, _LANES), axis, 0)
@@ -88,6 +91,16 @@ def _scatter_tiles(x: jax.Array, axis: str) -> jax.Array:
     else:
         own = _psum_scatter(x, axis, 0)
     return own.reshape(rows, *x.shape[1:])
+
+
+def _reduced_block(x: jax.Array, axis: str) -> jax.Array:
+    """`psum_scatter` of dim 0 as an all-reduce, of which each device takes its block.
+
+    The TPU compiler refuses some reduce-scatters over an odd number: "AllReduce fusion with 7 sized replica_groups".
+    """
+    rows = x.shape[0] // jax.lax.axis_size(axis)
+    whole = jax.lax.optimization_barrier(jax.lax.psum(x, axis))
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(axis) * rows, rows)
 
 
 def _tiles(x: jax.Array) -> jax.Array:

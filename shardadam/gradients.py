@@ -202,6 +202,8 @@ def _local_sums(
         out = loss_fn(given, microbatch, *args)
         loss, aux = out if has_aux else (out, None)
         total, weight = _as_sum(loss)
+        # Summed in float32 over microbatches and devices, whatever they are: 8 times True is no bool.
+        aux = jax.tree.map(lambda x: jnp.asarray(x).astype(_wide(jnp.asarray(x))), aux)
         return total * scale, (total, weight, aux)
 
     if tapped:

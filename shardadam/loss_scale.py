@@ -5,7 +5,8 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-FIRST, LEAST, GREATEST = 2.0**15, 1.0, 2.0**24
+# Below 1, too: the loss may be a sum over millions of tokens.
+FIRST, LEAST, GREATEST = 2.0**15, 2.0**-24, 2.0**24
 GROWTH_INTERVAL = 2000  # Steps with finite gradients before the scale is doubled.
 
 

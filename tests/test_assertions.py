@@ -1,5 +1,6 @@
 """`assert_collectives`: passes what the plan says, and names the instruction for each way to go wrong."""
 
+import functools
 import gzip
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ import shardadam
 from shardadam.assertions import axes_of
 
 sys.path.insert(0, str(Path(__file__).parent / "topology"))
-from programs import params_and_plan
+from programs import DIM, loss_fn, params_and_plan
 
 TEXTS = Path(__file__).parent / "hlo" / "texts"
 
@@ -49,8 +50,13 @@ def test_a_wider_dtype_an_unexpected_op_and_a_foreign_axis(data_mesh):
         return jax.jit(f).lower(x).compile()
 
     wide = compiled(lambda x: jax.lax.all_gather(x, "data", tiled=True), jnp.ones((1024, 64), jnp.float32))
-    with pytest.raises(AssertionError, match=r"f32 on the wire, wider than 2 bytes: .* all-gather of f32"):
+    in_f32 = r"229,376 bytes on the wire in more than 2 bytes an element, the plan has 0 .* all-gather of f32"
+    with pytest.raises(AssertionError, match=in_f32):
         shardadam.assert_collectives(wide, plan)
+    # A wide leaf beside it does not make room for this one.
+    norm = {"w": jax.ShapeDtypeStruct((1024, 64), jnp.bfloat16), "norm": jax.ShapeDtypeStruct((1024,), jnp.float32)}
+    with pytest.raises(AssertionError, match=r"in more than 2 bytes an element, the plan has 3,584 "):
+        shardadam.assert_collectives(wide, shardadam.make_plan(norm, data_mesh), max_ratio=9)
     shardadam.assert_collectives(wide, plan, allow_widening=True)
     moved = compiled(lambda x: jax.lax.ppermute(x, "data", [(0, 1)]), jnp.ones((8, 4), jnp.int8), P("data"))
     with pytest.raises(AssertionError, match="an unexpected collective-permute"):
@@ -88,6 +94,24 @@ def test_bytes_beyond_the_plans_and_loops_of_unknown_length(data_mesh):
     endless = lowered(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 9, twice, x))
     with pytest.raises(AssertionError, match="in a loop whose trip count is not in the program"):
         shardadam.assert_collectives(endless, plan)
+
+
+def test_layers_are_gathered_for_each_microbatch_at_stage_3(data_mesh):
+    params, plan = params_and_plan(data_mesh, ("data",))
+    tx = shardadam.adam(1e-3, plan=plan)
+    create = functools.partial(shardadam.TrainState.create, apply_fn=None, tx=tx, stage=3)
+    state = jax.eval_shape(lambda params: create(params=params), params)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
+    batch = jax.ShapeDtypeStruct((32, DIM), jnp.bfloat16, sharding=NamedSharding(data_mesh, P("data")))
+
+    def compiled(**options):
+        return shardadam.make_train_step(loss_fn, state, num_microbatches=4, **options).lower(state, batch).compile()
+
+    each, once = compiled(), compiled(accumulate="local")
+    shardadam.assert_collectives(each, plan, stage=3, num_reductions=4, allow_widening=True)
+    shardadam.assert_collectives(once, plan, stage=3, allow_widening=True)
+    with pytest.raises(AssertionError, match="bytes on the wire, the plan has"):
+        shardadam.assert_collectives(each, plan, stage=3, allow_widening=True)
 
 
 def test_a_program_of_more_devices_than_the_mesh_has():

@@ -1,5 +1,7 @@
 """Reduce-scatter and all-gather over one axis after the other and over all at once: sums, blocks, and back."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -40,3 +42,14 @@ def test_each_device_has_its_block_of_the_sum(sizes, shape, collective):
     blocks, whole = there_and_back(each)
     np.testing.assert_array_equal(blocks, each.sum(0))
     np.testing.assert_array_equal(whole, each.sum(0))
+
+
+@pytest.mark.parametrize(
+    ("platform", "found"), [("tpu", "all_reduce"), ("cuda", "reduce_scatter"), ("cpu", "reduce_scatter")]
+)
+def test_over_an_odd_number_of_devices_it_is_an_all_reduce_on_tpus_alone(platform, found):
+    mesh = make_mesh({"x": 3})
+    own = functools.partial(reduce_scatter, axes=("x",), dim=0, summed=("x",), collective="per_axis")
+    f = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=P(), out_specs=P("x"), check_vma=False))
+    text = f.trace(np.ones((48, 128), np.float32)).lower(lowering_platforms=(platform,)).as_text()
+    assert [op for op in ("all_reduce", "reduce_scatter") if f"stablehlo.{op}" in text] == [found]

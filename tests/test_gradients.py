@@ -139,6 +139,11 @@ def test_aux_is_averaged_and_the_batch_is_checked(data_mesh):
     f = jax.jit(shardadam.value_and_grad(lambda p, b: (mean_loss(p, b), {"x": jnp.mean(b)}), plan, has_aux=True))
     (_, aux), _ = f(params, batch_of(plan.mesh))
     np.testing.assert_allclose(aux["x"], batch_of(None).mean(), rtol=1e-4, atol=1e-6)
+    narrow = {"true": jnp.array(True), "large": jnp.float16(3e4), "few": jnp.int8(100)}
+    g = shardadam.value_and_grad(lambda p, b: (mean_loss(p, b), narrow), plan, has_aux=True, num_microbatches=7)
+    (_, aux), _ = jax.jit(g)(params, batch_of(plan.mesh))
+    for name, x in narrow.items():
+        np.testing.assert_allclose(aux[name], np.float32(x), rtol=1e-6)
     with pytest.raises(ValueError, match=r"batch: got shape \(55, 64\), wanted a leading dim that divides by 8"):
         f(params, batch_of(None, 55))
     for options in ({"num_microbatches": 0}, {"accumulate": "no"}, {"collective": "no"}):

@@ -12,7 +12,7 @@ from test_gradients import MESHES, STACKED, batch_of, forward, host_tree, mean_l
 from trees import assert_same_bits, logical
 
 import shardadam
-from shardadam.loss_scale import GROWTH_INTERVAL, LossScale, first_loss_scale
+from shardadam.loss_scale import GROWTH_INTERVAL, LEAST, LossScale, first_loss_scale
 from shardadam.params import pack_params
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -102,6 +102,17 @@ def test_masters_given_in_float32_are_not_rounded():
     assert state.params["w"].dtype == jnp.bfloat16
 
 
+def test_whole_leaves_in_bfloat16_are_reduced_beside_an_axis_of_the_models():
+    # XLA:CPU aborts at a sum in 16 bits over some of a mesh's axes, while others are Auto.
+    got = {}
+    for name in ("data", "tensor"):
+        state = create(name, master_dtype=None)
+        assert any(leaf.num_shards == 1 for leaf in state.plan.leaves.values())
+        state, metrics = shardadam.make_train_step(mean_loss, state)(state, batch_of(state.plan.mesh))
+        got[name] = jax.tree.map(np.float32, (metrics["loss"], metrics["grad_norm"], logical(state.params, state.plan)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0.02, atol=2 * RATE), got["data"], got["tensor"])
+
+
 def test_two_bytes_a_parameter_are_gathered():
     state = create("two axes", "packed")
     step = shardadam.make_train_step(mean_loss, state, collective="per_axis", reduce_dtype=jnp.bfloat16)
@@ -148,8 +159,27 @@ def test_the_scale_grows_and_backs_off():
         seen.append((float(scale.scale), int(scale.num_finite)))
     first = 2.0**15
     assert seen == [(first, GROWTH_INTERVAL - 1), (2 * first, 0), (first, 0), (first, 1), (first / 2, 0)]
-    least = LossScale(jnp.asarray(1.0), jnp.asarray(0))
-    assert float(least.adjusted(jnp.asarray(False)).scale) == 1
+    least = LossScale(jnp.asarray(LEAST), jnp.asarray(0))
+    assert float(least.adjusted(jnp.asarray(False)).scale) == LEAST
+
+
+def test_a_sum_over_many_tokens_finds_its_scale_in_float16():
+    """Its gradient is too large for float16 where a mean's is not: the scale has to fall below 1."""
+    host = {"w": np.full((16, 64), 0.5, np.float16)}
+    plan = shardadam.make_plan(host, make_mesh({"data": 8}))
+    tx, batch = shardadam.adam(RATE, plan=plan), np.ones((1024, 16), np.float16)
+    state = shardadam.TrainState.create(apply_fn=None, params=host, tx=tx, loss_scale=8.0)
+
+    def summed(params, x):
+        h = (x @ params["w"]).astype(jnp.float32)
+        return 64 * jnp.sum(h**2), jnp.float32(h.size)
+
+    step = shardadam.make_train_step(summed, state)
+    for _ in range(12):
+        state, metrics = step(state, batch)
+    assert metrics["skipped"] == 0
+    assert metrics["loss_scale"] < 1
+    np.testing.assert_allclose(metrics["grad_norm"], np.sqrt(16 * 64) * 64 * 2 * 8 / 64, rtol=0.01)
 
 
 def test_packing_parameters_is_undone_by_unpacking():

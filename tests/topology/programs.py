@@ -53,6 +53,23 @@ def train_step(target, per_axis=False, stage=2):
     return step, state, x
 
 
+def many_leaves_step(target, *, skip_nonfinite=False, max_grad_norm=None):
+    """A step over sixteen equal leaves, whose gradients could be applied one after the other."""
+    mesh = target.mesh("data") if target.topology.platform == "gpu" else target.mesh(target.torus())
+    params = {f"w{i}": jax.ShapeDtypeStruct((512, 512), jnp.bfloat16) for i in range(16)}
+    plan = shardadam.make_plan(params, mesh, axis_name=mesh.axis_names)
+    state = abstract_state(params, plan)
+
+    def loss(params, x):
+        for w in params.values():
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x.astype(jnp.float32) ** 2)
+
+    x = sds((mesh.size * 8, 512), jnp.bfloat16, mesh, P(mesh.axis_names))
+    step = shardadam.make_train_step(loss, state, skip_nonfinite=skip_nonfinite, max_grad_norm=max_grad_norm)
+    return step, state, x
+
+
 AWKWARD = {"vocab": (50257, 768), "wide": (2048, 5632), "stack": (12, 768, 768), "tall": (4096, 7168)}
 
 

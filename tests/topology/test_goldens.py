@@ -83,3 +83,21 @@ def test_awkward_leaves_are_scattered_in_whole_tiles(topology, tmp_path, monkeyp
     assert not [op for op in found.collectives if op.op == "all-reduce" and op.total_wire_bytes > 100_000]
     ideal = 2 * 2 * sum(math.prod(shape) for shape in AWKWARD.values()) * (1 - 1 / found.num_devices)
     assert sum(op.total_wire_bytes for op in found.collectives) < 1.01 * ideal  # All-reduces in part: 1.05 to 1.2.
+
+
+@pytest.mark.parametrize(
+    "topology", [pytest.param("h100:1x1x8", marks=needs("gpu")), pytest.param("v5e:4x4", marks=needs("tpu"))]
+)
+def test_skipping_takes_no_more_memory_than_clipping(topology, tmp_path, monkeypatch):
+    """Both wait for the norm of all gradients; what is selected by it is selected in place."""
+    monkeypatch.delenv("JAX_NUMPY_DTYPE_PROMOTION", raising=False)
+
+    def memory(**options):
+        return compile_for(topology, f"{PROGRAMS}:many_leaves_step", kwargs=options, cache_dir=tmp_path).memory
+
+    plain, clipped = memory(), memory(max_grad_norm=1.0)
+    for skipping in (memory(skip_nonfinite=True), memory(skip_nonfinite=True, max_grad_norm=1.0)):
+        assert skipping.peak_bytes <= clipped.peak_bytes + 4096  # Scalars; a shard of one leaf has 32 KiB or more.
+        assert skipping.donation_complete
+        if topology.startswith("h100"):
+            assert skipping.temp_bytes <= plain.temp_bytes + 4096
