@@ -14,17 +14,18 @@ from shardadam.communication import Collective
 from shardadam.layout import LeafPlan, entries
 from shardadam.params import check_shape, gather_shards, widened
 from shardadam.plan import Plan, is_none
+from shardadam.rates import rate_of_step, said_rates
 from shardadam.sharding import check_context, constrain, map_leaves, pack_leaf, unpack_leaf
 from shardadam.transformation import ShardedTransformation, select
 
 
 class Applied(NamedTuple):
-    """What `apply_on_shards` gives: new parameters, optimizer state and masters, and where asked for their norms."""
+    """What `apply_on_shards` gives: new parameters, optimizer state and masters, and what was asked for in numbers."""
 
     params: Any
     opt_state: Any
     master: Any
-    norms: dict[str, jax.Array]
+    metrics: dict[str, jax.Array]
 
 
 def apply_on_shards(
@@ -54,7 +55,8 @@ def apply_on_shards(
       master: a tree like params, in the layout of the state, of wider copies to add the updates to; None for leaves,
         or for the tree, that have none. The new parameters are these, rounded.
       keep: a bool of shape (); where it is False, params, opt_state and master stay as they were.
-      measure: whether to take update_norm and param_norm, of the new parameters.
+      measure: whether to take update_norm (0 where nothing is kept), param_norm, of the new parameters, and the
+        learning_rate, where it is known.
       collective: how the parameters are gathered, see `shardadam.params.gather_shards`.
 
     Raises:
@@ -97,20 +99,24 @@ def apply_on_shards(
     grads = map_leaves(from_shards if scattered else from_whole, grads, plan)
     given = {} if keep is None or not getattr(tx, "takes_keep", False) else {"keep": keep}
     update = optax.with_extra_args_support(tx).update
-    with jax.numpy_dtype_promotion("standard"):  # float32 updates of bfloat16 parameters, also where users forbid it
-        updates, new_state = update(grads, opt_state, shards, shards_of=plan, packed=ours, **given)
+    # float32 updates of bfloat16 parameters, also where users forbid it
+    with said_rates() as said, jax.numpy_dtype_promotion("standard"):
+        updates, made_state = update(grads, opt_state, shards, shards_of=plan, packed=ours, **given)
         new_shards = optax.apply_updates(shards, updates)
     new_shards = select(keep, new_shards, shards)
-    if not given:
-        new_state = select(keep, new_state, opt_state)
-    norms = {}
+    new_state = made_state if given else select(keep, made_state, opt_state)
+    metrics = {}
     if measure:
         held = plan if ours else unsplit(plan, [path for path, leaf in plan.items if leaf.layout == "packed"])
-        norms = {"update_norm": global_norm(updates, held), "param_norm": global_norm(new_shards, held)}
+        metrics = {
+            "update_norm": select(keep, global_norm(updates, held), 0),
+            "param_norm": global_norm(new_shards, held),
+            **rate_of_step(said, opt_state, made_state),
+        }
     if master is not None:
         new = map_leaves(own_shards, new_shards, plan)
         master = jax.tree.map(lambda old, x: None if old is None else x, master, new, is_leaf=is_none)
-    return Applied(map_leaves(narrowed, new_shards, plan), new_state, master, norms)
+    return Applied(map_leaves(narrowed, new_shards, plan), new_state, master, metrics)
 
 
 def global_norm(tree: Any, plan: Plan) -> jax.Array:

@@ -23,7 +23,7 @@ from shardadam.layout import LeafPlan, entries
 from shardadam.plan import Plan
 from shardadam.precision import widest
 from shardadam.sharding import map_leaves
-from shardadam.validation import check_batch, check_choice, check_count
+from shardadam.validation import check_batch, check_choice, check_count, check_reduction
 
 
 def value_and_grad(
@@ -69,6 +69,7 @@ def value_and_grad(
     check_count("num_microbatches", num_microbatches)
     check_choice("accumulate", accumulate, ("shards", "local"))
     check_choice("collective", collective, ("joint", "per_axis", "auto"))
+    check_reduction(plan.mesh, reduce_dtype)
     region = region_of(plan, collective, reduce_dtype)
     in_shards = stage == 3
     local = functools.partial(

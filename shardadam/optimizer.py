@@ -13,6 +13,7 @@ from shardadam.adam_rule import adam_rule
 from shardadam.layout import LeafPlan
 from shardadam.moments import Hyperparams
 from shardadam.plan import Plan, path_name
+from shardadam.rates import say_rate
 from shardadam.sharded import place
 from shardadam.sharding import constrain, split
 from shardadam.transformation import ShardedTransformation, select, transformation
@@ -145,7 +146,7 @@ def adamw(
         chain = _chain(learning_rate, first, decay, rest)
         return chain.update(updates, state, params, shards_of=shards_of, **extra)
 
-    return transformation(masked.init, update_fn, first.plan_of, learning_rate=learning_rate, takes_keep=True)
+    return transformation(masked.init, update_fn, first.plan_of, takes_keep=True)
 
 
 nadam = functools.partial(adam, nesterov=True)
@@ -167,11 +168,12 @@ def _chain(
         return state if on is None else jax.tree.map(lambda x: _on_mesh(x, on.mesh), state)
 
     def update_fn(updates: Any, state: Any, params: Any = None, *, keep: jax.Array | None = None, **extra: Any) -> Any:
+        say_rate(learning_rate)
         updates, new_state = chain.update(updates, state, params, keep=keep, **extra)
         # What comes after Adam has counters, and may make an update of its zeros, as weight decay does.
         return select(keep, updates, 0), (new_state[0], *select(keep, new_state[1:], state[1:]))
 
-    return transformation(init_fn, update_fn, first.plan_of, learning_rate=learning_rate, takes_keep=True)
+    return transformation(init_fn, update_fn, first.plan_of, takes_keep=True)
 
 
 def _on_mesh(x: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -1,17 +1,18 @@
 """`make_train_step`: gradients as shards, clipped by their norm, applied on shards; it never waits for the host."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from shardadam.apply import apply_on_shards, global_norm, unsplit
 from shardadam.communication import resolve_collective
 from shardadam.gradients import value_and_grad
-from shardadam.validation import check_choice
+from shardadam.validation import check_choice, check_scale
+
+_FP8_STATISTICS = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT: the core imports no Flax.
 
 
 def make_train_step(
@@ -54,16 +55,19 @@ def make_train_step(
 
     Returns:
       The step. `metrics` are float32 scalars on the device: loss, grad_norm (before clipping), param_norm and
-      update_norm; skipped, 1 for a step that was; learning_rate, where the optimizer's is a number or a schedule;
-      loss_scale, where there is one: that of this step.
+      update_norm (0 for a skipped step); skipped, 1 for a step that was; learning_rate, where the optimizer has one of
+      shardadam's family, `adam` and so on, or one `optax.inject_hyperparams` with a learning_rate, alone or within
+      combinators of optax's: that of this optimizer, whatever comes after it; loss_scale, where there is one. Both are
+      those of this step, also of a skipped one.
 
     Raises:
-      ValueError: a bad option, or one that the state was not created for.
+      ValueError: a bad option, or one that the state was not created for; a state with Flax's fp8 statistics.
 
     References:
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019 (arXiv 1910.02054).
       Pascanu et al., On the difficulty of training recurrent neural networks, 2012 (arXiv 1211.5063), section 3.2.
     """
+    _check_params(state)
     stage = _check_stage(stage, state)
     dynamic = _check_loss_scale(loss_scale, state)
     if max_grad_norm is not None and not max_grad_norm > 0:
@@ -106,9 +110,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "grad_norm": grad_norm,
-            **done.norms,
+            **done.metrics,
             "skipped": skipped.astype(jnp.float32),
-            **_learning_rate(tx, state.opt_state),
             **({} if scale is None else {"loss_scale": jnp.asarray(scale, jnp.float32)}),
             **({"aux": aux} if has_aux else {}),
         }
@@ -120,6 +123,16 @@ def make_train_step(
         return state.replace(step=state.step + 1, **changed), metrics
 
     return step
+
+
+def _check_params(state: Any) -> None:
+    """Refuses the fp8 statistics that Flax keeps beside the parameters, before they miss in the plan."""
+    if isinstance(state.params, Mapping) and _FP8_STATISTICS in state.params:
+        raise ValueError(
+            f"state: got params with Flax's fp8 statistics ({_FP8_STATISTICS!r}), wanted trained parameters alone: "
+            "each device would make its own statistics of its part of the batch; take jax.grad of the loss over the "
+            "whole batch and state.apply_gradients(grads=grads)"
+        )
 
 
 def _check_stage(stage: Any, state: Any) -> Literal[1, 2, 3]:
@@ -138,6 +151,7 @@ def _check_loss_scale(loss_scale: Any, state: Any) -> bool:
     """Whether the loss scale is the state's own, dynamic one."""
     if loss_scale is None:
         return state.loss_scale is not None
+    check_scale("loss_scale", loss_scale)
     if loss_scale == "dynamic":
         if state.loss_scale is None:
             raise ValueError(
@@ -145,18 +159,4 @@ def _check_loss_scale(loss_scale: Any, state: Any) -> bool:
                 "TrainState.create(..., loss_scale='dynamic')"
             )
         return True
-    if not isinstance(loss_scale, int | float) or not loss_scale > 0:
-        raise ValueError(f"loss_scale: got {loss_scale!r}, wanted a number above 0, 'dynamic' or None")
     return False
-
-
-def _learning_rate(tx: Any, opt_state: Any) -> dict[str, jax.Array]:
-    """The rate of this step, where the optimizer says it: a number, a schedule of its count, or a hyperparameter."""
-    rate = getattr(tx, "learning_rate", None)
-    if rate is None:
-        hyperparams = [x for _, x in optax.tree.get_all_with_path(opt_state, "learning_rate")]
-        rate = hyperparams[0] if len(hyperparams) == 1 else None
-    if callable(rate):
-        (_, count), *_ = optax.tree.get_all_with_path(opt_state, "count")
-        rate = rate(count)
-    return {} if rate is None else {"learning_rate": jnp.asarray(rate, jnp.float32)}

@@ -20,7 +20,7 @@ from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
 from shardadam.sharding import audit, constrain, map_leaves, named_sharding, state_shardings
 from shardadam.transformation import ShardedTransformation
-from shardadam.validation import check_choice
+from shardadam.validation import check_choice, check_scale
 
 
 class TrainState(train_state.TrainState):
@@ -32,7 +32,8 @@ class TrainState(train_state.TrainState):
 
     Attributes:
       plan: where mu and nu of every parameter live. Static: it is no leaf of the tree.
-      stage: 3 where `params` are at rest in shards, in the layout of the state (`pack_params`), else 2. Static.
+      stage: 1, 2 or 3, which `make_train_step` takes unless told otherwise. At 3 `params` are at rest in shards, in the
+        layout of the state (`pack_params`). Static.
       master: a tree like `params`, in shards, of wider copies that the updates are added to; None for leaves that are
         as wide already; None where there are no masters.
       loss_scale: the dynamic loss scale, or None.
@@ -69,7 +70,7 @@ class TrainState(train_state.TrainState):
           tx: `shardadam.adam(...)` or one of its family, alone or within optax's combinators.
           plan: default: the plan that `tx` has or makes; within an optax combinator, which hides it, one made from the
             mesh and the specs of `params`.
-          stage: 3 puts the parameters at rest in shards, for `make_train_step`; 1 and 2 keep them as they are.
+          stage: that of `make_train_step`: 3 puts the parameters at rest in shards; 1 and 2 keep them as they are.
           master_dtype: usually float32, with parameters in bfloat16 or float16: keeps copies of them in this dtype, in
             shards, and adds the updates to those. The moments are then of this dtype, too, unless `tx` says otherwise
             of mu. What is gathered stays in the parameters' dtype. Parameters given in `master_dtype` where the plan
@@ -82,7 +83,7 @@ class TrainState(train_state.TrainState):
           A `TrainState`.
 
         Raises:
-          ValueError: no plan was given and none can be made; a stage that there is not.
+          ValueError: no plan was given and none can be made; a stage that there is not; a bad loss_scale.
           ShardingError: `tx` made a state that is not where the plan says.
 
         Example:
@@ -94,6 +95,8 @@ class TrainState(train_state.TrainState):
           1
         """
         check_choice("stage", stage, (1, 2, 3))
+        if loss_scale is not None:
+            check_scale("loss_scale", loss_scale)
         trained = _trained(params)
         if plan is None:
             plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
@@ -108,7 +111,7 @@ class TrainState(train_state.TrainState):
             # They may be traced, while `params` is what a traced function closes over.
             if getattr(tx, "by_plan", True) and not _traced(opt_state):
                 audit(opt_state, plan, accumulators=isinstance(tx, ShardedTransformation), nu_dtype=master_dtype)
-        fields: dict[str, Any] = {"stage": 3 if stage == 3 else 2, "master": beginning.master, **scalars, **kwargs}
+        fields: dict[str, Any] = {"stage": stage, "master": beginning.master, **scalars, **kwargs}
         return cls(apply_fn=apply_fn, params=params, tx=tx, opt_state=opt_state, plan=plan, **fields)
 
     @property

@@ -23,9 +23,6 @@ class ShardedTransformation(optax.GradientTransformationExtraArgs):
     plan_of: Callable[..., Plan | None] = staticmethod(lambda *_, **__: None)
     """params -> the plan of their state; None where there is no mesh, or (after `_replace`) where it is not known."""
 
-    learning_rate: optax.ScalarOrSchedule | None = None
-    """The rate its updates are multiplied with, where it says one: a scalar, or a schedule of the state's count."""
-
     takes_keep: bool = False
     """Whether `update` takes the keyword `keep`."""
 
@@ -38,13 +35,12 @@ def transformation(
     update: Any,
     plan_of: Callable[..., Plan | None],
     *,
-    learning_rate: optax.ScalarOrSchedule | None = None,
     takes_keep: bool = False,
     by_plan: bool = True,
 ) -> ShardedTransformation:
     """A `ShardedTransformation` of two functions and of what it tells of itself."""
     tx = ShardedTransformation(init, update)
-    tx.plan_of, tx.learning_rate, tx.takes_keep, tx.by_plan = plan_of, learning_rate, takes_keep, by_plan
+    tx.plan_of, tx.takes_keep, tx.by_plan = plan_of, takes_keep, by_plan
     return tx
 
 

@@ -56,7 +56,7 @@ def reference():
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_equal_to_float32_weights_on_one_device(stage, layout):
     state = create(layout=layout, stage=stage)
-    step = shardadam.make_train_step(mean_loss, state, reduce_dtype=jnp.float32, stage=stage)
+    step = shardadam.make_train_step(mean_loss, state, reduce_dtype=jnp.float32)
     for _ in range(STEPS):
         state, _ = step(state, batch_of(state.plan.mesh))
     assert step._cache_size() == 1

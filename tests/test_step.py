@@ -1,5 +1,6 @@
 """The train step: equal to one device with optax, collectives counted, clipping, skipping, one compile, donation."""
 
+import functools
 import re
 
 import jax
@@ -7,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import make_mesh
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from jax.sharding import PartitionSpec as P
 from test_gradients import (
     MESHES,
@@ -179,5 +182,54 @@ def test_bad_options_are_refused():
         shardadam.make_train_step(mean_loss, state, stage=3)
     with pytest.raises(ValueError, match=r"loss_scale: got 'dynamic', and the state has none"):
         shardadam.make_train_step(mean_loss, state, loss_scale="dynamic")
-    with pytest.raises(ValueError, match=r"loss_scale: got 0, wanted a number above 0"):
-        shardadam.make_train_step(mean_loss, state, loss_scale=0)
+    for scale in (0, -1.0, np.nan, np.inf, 1e39):
+        with pytest.raises(ValueError, match=r"loss_scale: got .*, wanted a number above 0 that is finite in float32"):
+            shardadam.make_train_step(mean_loss, state, loss_scale=scale)
+        with pytest.raises(ValueError, match=r"loss_scale: got .*, wanted a number above 0 that is finite in float32"):
+            shardadam.TrainState.create(apply_fn=None, params=params, tx=state.tx, loss_scale=scale)
+    with pytest.raises(ValueError, match=r"reduce_dtype: got .*int8.*, wanted a floating dtype"):
+        shardadam.make_train_step(mean_loss, state, reduce_dtype=jnp.int8)
+    fp8 = state.replace(params={"params": params, OVERWRITE_WITH_GRADIENT: {"scale": np.zeros(3, np.float32)}})
+    with pytest.raises(ValueError, match=r"got params with Flax's fp8 statistics .* state\.apply_gradients"):
+        shardadam.make_train_step(mean_loss, fp8)
+
+
+def test_the_stage_is_that_of_the_state():
+    plan, params = planned("data")
+    x = jax.device_put(batch_of(None), named_sharding(plan.mesh, P("data"), 2))
+    for stage, scattered in ((1, False), (2, True)):
+        tx = shardadam.adam(1e-2, plan=plan)
+        state = shardadam.TrainState.create(apply_fn=None, params=params, tx=tx, stage=stage)
+        assert state.stage == stage
+        text = shardadam.make_train_step(mean_loss, state).lower(state, x).as_text()
+        assert ("reduce_scatter" in text) == scattered
+
+
+def with_rate(kind, plan, rate):
+    """An optimizer that takes its steps by a schedule: alone, injected, within a chain, or as one of two."""
+    clip, adam = optax.clip(1.0), functools.partial(shardadam.adam, plan=plan)
+    injected = optax.inject_hyperparams(lambda learning_rate: adam(learning_rate))
+    return {
+        "adam": lambda: adam(rate),
+        "chain": lambda: optax.chain(clip, adam(rate)),
+        "MultiSteps": lambda: optax.MultiSteps(optax.chain(clip, adam(rate)), 1),
+        "injected": lambda: optax.chain(clip, injected(learning_rate=rate)),
+        "two": lambda: optax.chain(adam(rate), adam(0.5)),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", ["adam", "chain", "MultiSteps", "injected", "two"])
+def test_the_learning_rate_and_the_norm_of_a_skipped_step(kind):
+    plan = shardadam.make_plan({"w": np.ones((8, 128), np.float32)}, make_mesh({"data": 2}))
+    tx = with_rate(kind, plan, optax.linear_schedule(1.0, 0.0, 4))
+    state = shardadam.TrainState.create(
+        apply_fn=None, params={"w": np.ones((8, 128), np.float32)}, tx=tx, plan=plan, skip_nonfinite=True
+    )
+    step, seen = shardadam.make_train_step(lambda params, x: jnp.mean(x @ params["w"]), state), []
+    for batch in (1.0, 1.0, np.nan, 1.0):
+        state, metrics = step(state, np.full((2, 8), batch, np.float32))
+        seen.append(jax.tree.map(float, metrics))
+    assert step._cache_size() == 1
+    assert [m.get("learning_rate") for m in seen] == ([None] * 4 if kind == "two" else [1.0, 0.75, 0.5, 0.5])
+    assert [m["update_norm"] == 0 for m in seen] == [False, False, True, False]
+    assert [m["skipped"] for m in seen] == [0, 0, 1, 0]
