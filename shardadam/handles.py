@@ -13,19 +13,40 @@ from shardadam.sharding import map_leaves
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["held", "block"], meta_fields=["in_shards", "leaf", "region"]
+    jax.tree_util.register_dataclass, data_fields=["held", "block"], meta_fields=["in_shards", "leaf", "region", "path"]
 )
 class Gatherable:
     """A parameter inside a loss that `gather` has not been called on yet: a pytree node, which a scan can slice."""
 
-    def __init__(self, held: jax.Array, block: jax.Array, in_shards: bool, leaf: LeafPlan, region: Region) -> None:
+    def __init__(
+        self, held: jax.Array, block: jax.Array, in_shards: bool, leaf: LeafPlan, region: Region, path: str
+    ) -> None:
         self.held, self.block, self.in_shards, self.leaf, self.region = held, block, in_shards, leaf, region
+        self.path = path
 
     def whole(self) -> jax.Array:
         """The parameter; its gradient is reduce-scattered onto `block`."""
         held = gather_leaf(self.held, leaf=self.leaf, region=self.region) if self.in_shards else self.held
         held = row_major_leaf(held, leaf=self.leaf, region=self.region)
         return tap(held, self.block, functools.partial(scatter_leaf, leaf=self.leaf, region=self.region))
+
+    def _refuse(self, *_: Any, **__: Any) -> Any:
+        raise TypeError(self._ungathered())
+
+    # All by which it would be taken for an array: of JAX, of numpy, or in an expression.
+    __jax_array__ = __array__ = __getitem__ = _refuse
+    __add__ = __sub__ = __mul__ = __truediv__ = __matmul__ = __pow__ = __neg__ = _refuse
+    __radd__ = __rsub__ = __rmul__ = __rtruediv__ = __rmatmul__ = __rpow__ = _refuse
+
+    def __getattr__(self, name: str) -> Any:
+        # Also JAX asks for attributes that it does not have.
+        raise AttributeError(f"{name}: {self._ungathered()}" if "path" in vars(self) else name)
+
+    def _ungathered(self) -> str:
+        return (
+            f"`{self.path}`: got a stacked leaf that is not gathered yet, wanted an array; call layer = "
+            "shardadam.gather(layer) inside the body of the scan over its layers, or plan it with stacked_dims=0"
+        )
 
 
 def gather(params: Any) -> Any:
@@ -60,8 +81,9 @@ def gather(params: Any) -> Any:
 def handles(params: Any, blocks: Any, plan: Plan, region: Region, in_shards: bool) -> Any:
     """What the loss gets: arrays, gathered and tapped, and handles for leaves that stack layers."""
 
-    def one(x: jax.Array, block: jax.Array, leaf: LeafPlan) -> Any:
-        handle = Gatherable(x, block, in_shards, leaf, region)
+    def one(x: jax.Array, block: jax.Array, named: tuple[LeafPlan, str]) -> Any:
+        leaf, path = named
+        handle = Gatherable(x, block, in_shards, leaf, region, path)
         return handle if leaf.stacked_dims else handle.whole()
 
-    return jax.tree.map(one, params, blocks, map_leaves(lambda leaf, x, path: leaf, params, plan))
+    return jax.tree.map(one, params, blocks, map_leaves(lambda leaf, x, path: (leaf, path), params, plan))

@@ -185,7 +185,8 @@ def audit(
 
     Raises:
       ShardingError: names each leaf that is replicated, on one device, split in another way, in another memory, or of
-        another shape or dtype, with what was got, what was wanted and what to do; or says that there is no such state.
+        another shape or dtype, with what was got, what was wanted and what to do; or says that there is no such state,
+        or which parameter is of a dtype that Adam cannot train.
     """
     strict = hasattr(getattr(state, "tx", None), "plan_of") if accumulators is None else accumulators
     at_rest = getattr(state, "stage", None) == 3  # Then the parameters are in shards themselves.
@@ -197,6 +198,7 @@ def audit(
     def check(field: str, leaf: LeafPlan, x: Any, path: str) -> None:
         nonlocal found
         found += 1
+        _check_trained(leaf, path)
         fault = _dtype_fault(field, leaf, x, mu_dtype, nu_dtype) or _place_fault(leaf, x, plan)
         if fault is not None:
             faults.append(f"{field} of `{path}`: {fault}")
@@ -236,6 +238,15 @@ def _owner(keypath: KeyPath, x: Any, plan: Plan, at_rest: bool) -> str | None:
     placed = planned_leaf(keypath, x, plan)
     shaped = (path for path in owners(keypath, plan) if jnp.shape(x) == plan.leaves[path].shape)
     return placed if placed is not None else next(shaped, None)
+
+
+def _check_trained(leaf: LeafPlan, path: str) -> None:
+    """Refuses a parameter that Adam cannot train: no other place, and no other state, would be right for it."""
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise ShardingError(
+            f"`{path}`: got a parameter of dtype {leaf.dtype}, wanted a floating or complex one; keep it out of "
+            "params, as a field of the state, or out of the optimizer, with optax.masked"
+        )
 
 
 def _dtype_fault(field: str, leaf: LeafPlan, x: Any, mu_dtype: Any, nu_dtype: Any) -> str | None:

@@ -33,16 +33,19 @@ def make_train_step(
 
     Args:
       loss_fn: `loss_fn(params, batch, *args)`, as for `value_and_grad`: it sees whole parameters and one device's part
-        of the batch, and returns a mean, or `(sum, weight)`.
+        of the batch, and returns a mean, or `(sum, weight)`. The `*args`, such as a dropout key, are the same on every
+        device and for every microbatch: put keys in the batch, one a row, or fold `jax.lax.axis_index(axis)` into one.
       state: a `shardadam.TrainState`, concrete or abstract: its plan, optimizer and stage are used, and which of its
         optional fields it has; not its arrays. Master weights, where it has them, are updated.
       num_microbatches: see `value_and_grad`.
       accumulate: see `value_and_grad`.
       max_grad_norm: gradients with a greater global norm are scaled down to it.
-      skip_nonfinite: a step whose gradients have a NaN or an inf, on any device, changes neither params nor opt_state
-        (so not its count); `state.step` goes on, and `state.num_skipped`, where the state has it, counts. The choice is
-        made element by element as the results are written. Default: where the state counts skipped steps.
-      has_aux: see `value_and_grad`; the aux is in the metrics, under "aux".
+      skip_nonfinite: a step whose gradients have a NaN or an inf, on any device, or a sum of squares that overflows
+        float32, changes neither params nor opt_state (so not its count); `state.step` goes on, and `state.num_skipped`,
+        where the state has it, counts. The choice is made element by element as the results are written. Default: where
+        the state counts skipped steps.
+      has_aux: see `value_and_grad`; the aux is in the metrics, under "aux": its mean over devices and microbatches,
+        unweighted also where the losses have weights.
       reduce_dtype: see `value_and_grad`.
       collective: how gradients are reduced and parameters gathered over several axes: see `value_and_grad`.
       stage: 1: gradients are reduced whole on every device, as XLA likes. 2: onto shards. 3: onto shards, and the

@@ -149,3 +149,32 @@ def test_aux_is_averaged_and_the_batch_is_checked(data_mesh):
     for options in ({"num_microbatches": 0}, {"accumulate": "no"}, {"collective": "no"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             shardadam.value_and_grad(mean_loss, plan, **options)
+
+
+FORGOTTEN = {
+    "an operand": lambda h, w: h @ w,
+    "on the left": lambda h, w: 2 * (w * h),
+    "of a function": jnp.dot,
+    "an index": lambda h, w: h * w[0, 0],
+    "an attribute": lambda h, w: h @ w.T,
+}
+
+
+@pytest.mark.parametrize("kind", FORGOTTEN)
+def test_a_stacked_leaf_that_is_not_gathered_says_so(kind, data_mesh):
+    params = {"layers": {"w": jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)}}
+    plan = shardadam.make_plan(params, data_mesh, stacked_dims=1)
+
+    def loss(params, x):
+        return jnp.mean(jax.lax.scan(lambda h, layer: (FORGOTTEN[kind](h, layer["w"]), None), x, params["layers"])[0])
+
+    with pytest.raises(
+        (TypeError, AttributeError), match=r"`layers/w`: got a stacked leaf .*shardadam\.gather\(layer\)"
+    ):
+        jax.eval_shape(shardadam.value_and_grad(loss, plan), params, jax.ShapeDtypeStruct((8, 64), jnp.float32))
+
+
+def test_a_plan_without_devices_is_refused_where_there_are_some(data_mesh):
+    plan = shardadam.make_plan({"w": jax.ShapeDtypeStruct((16, 64), jnp.float32)}, {"data": 8})
+    with jax.set_mesh(data_mesh), pytest.raises(ValueError, match=r"plan: made without devices, for \{'data': 8\}"):
+        shardadam.value_and_grad(mean_loss, plan)

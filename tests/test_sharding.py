@@ -115,6 +115,13 @@ def test_audit_names_each_fault(data_mesh):
             shardadam.audit(state, plan)
 
 
+def test_audit_names_a_parameter_that_adam_cannot_train(data_mesh):
+    params = {"w": np.ones((16, 64), np.float32), "table": np.zeros((2048,), np.int32)}
+    plan = shardadam.make_plan(params, data_mesh)
+    with pytest.raises(shardadam.ShardingError, match=r"`table`: got a parameter of dtype int32, .*optax\.masked$"):
+        shardadam.audit(shardadam.scale_by_adam(plan=plan).init(params), plan)
+
+
 def test_audit_of_optax_names_all_and_of_nothing_says_so(data_mesh):
     params = put(random_tree(0), data_mesh)
     plan = shardadam.make_plan(params, data_mesh, min_size=0)
