@@ -19,12 +19,12 @@ from shardadam import runtime
 from shardadam.trainer import data
 from shardadam.trainer.agreement import check_alike, stop_agreement
 from shardadam.trainer.build import create_state, make_train_step, state_bytes
-from shardadam.trainer.config import TrainConfig
+from shardadam.trainer.config import ConfigError, TrainConfig
 from shardadam.trainer.corpus import Corpus, load_corpus
 from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
 from shardadam.trainer.evaluate import Evaluation, evaluate
 from shardadam.trainer.metrics import Metrics, NoMetrics
-from shardadam.trainer.run_dir import check_resume, run_directory, write_run
+from shardadam.trainer.run_dir import check_resume, refusal_to_begin, run_directory, write_run
 from shardadam.trainer.signals import StopSignals
 from shardadam.trainer.watchdog import Watchdog
 
@@ -70,7 +70,7 @@ def train(config: TrainConfig) -> Result:
     """Runs a config to its last step: starts anew, or goes on from the run's newest checkpoint.
 
     Raises:
-      ConfigError: something that the user can set right.
+      ConfigError: something that the user can set right, such as that all steps are gone or damaged.
       TrainingError: the loss is no longer finite, or devices have come to hold different bits; the checkpoints before
         that are kept.
       SaveError: a checkpoint could not be saved; with `on_save_error: warn` only if it is the last.
@@ -110,6 +110,8 @@ def _begin(
     latest = json.loads(runtime.from_process_zero("latest", json.dumps(checkpointer.latest_step())))
     if latest is not None:
         check_resume(config, corpus.sha256)
+    elif refusal := runtime.from_process_zero("begin", refusal_to_begin(config)):
+        raise ConfigError(refusal)
     state = create_state(config, mesh)
     _record(config, corpus, state)
     if latest is not None:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from etils import epath
 
+from shardadam.checkpoint.steps import DAMAGED, SEALS, Steps, short
 from shardadam.trainer.config import ConfigError, DeadlineConfig, TrainConfig, dump_config
+from shardadam.trainer.metrics import read_metrics
 
 # What does not change the numbers, or (the mesh, the step) changes no more than the order in which they are added up;
 # and masters, which can be switched on and off over a checkpoint.
@@ -60,6 +63,54 @@ def check_resume(config: TrainConfig, sha256: str) -> None:
             f"{directory} was trained on another text: sha256 was {recorded[:16]}..., is {sha256[:16]}... (Python "
             f"{platform.python_version()} now). Bring that text back, or choose another 'name'"
         )
+
+
+def refusal_to_begin(config: TrainConfig) -> str:
+    """Why not to begin at step 0: the run has lost what it had saved, and a restart would train it all anew, unasked.
+
+    For where no step has both seal and directory. What a run leaves that was killed in its first save, or before, is no
+    reason to refuse, since nothing of it ever counted as saved: metrics, one step without a seal, or such a step that
+    the next save has moved aside.
+
+    Returns:
+      What was found, where, and what to do; empty for a run that may begin.
+    """
+    directory = run_directory(config)
+    if not (found := _traces(directory)):
+        return ""
+    return (
+        f"{directory / 'checkpoints'}: no step to go on from is left, but {'; '.join(found)}. Not begun at step 0 over "
+        f"that. To go on, put a whole copy of a step there: its directory as N, its seal as {SEALS}/N.json; to begin "
+        f"anew, choose another 'name', or move {directory} away"
+    )
+
+
+def _traces(directory: Path) -> list[str]:
+    """Of a run without a step to go on from: what shows that there were steps."""
+    checkpoints, found = directory / "checkpoints", []
+    steps = Steps(epath.Path(checkpoints))
+    aside = sorted(int(seal.name.partition("-")[0]) for seal in (checkpoints / DAMAGED).glob("*.json"))
+    if aside:
+        found.append(f"{short(aside)} had been saved, and are damaged: see the .txt of each in {checkpoints / DAMAGED}")
+    if lost := steps.seals():
+        found.append(f"{checkpoints / SEALS} has seals of {short(lost)}, whose directories are gone")
+    # A save makes the directory of seals before anything else, and moves a step without a seal out of its way.
+    before_any_save = not (checkpoints / SEALS).exists()
+    unsealed = steps.unsealed()
+    if len(unsealed) > (0 if before_any_save else 1):
+        found.append(f"{short(unsealed)} are there without seals: `shardadam checkpoint adopt` seals one as it is")
+    trained = max((record["step"] for record in read_metrics(directory)), default=0)
+    if before_any_save and not found and trained > _save_every(directory):
+        found.append(f"{directory / 'metrics.jsonl'} goes to step {trained}, past the first save")
+    return found
+
+
+def _save_every(directory: Path) -> float:
+    """What the run was started with; infinite where nothing says."""
+    try:
+        return yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["save_every"]
+    except FileNotFoundError:
+        return float("inf")
 
 
 def write_run(config: TrainConfig, *, sha256: str, report: str, facts: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from tiny import tiny_config
 from trees import flip_a_bit
 
 from shardadam import Checkpointer, audit, unpack_params
-from shardadam.checkpoint import SaveError, saving
+from shardadam.checkpoint import CheckpointError, SaveError, saving
+from shardadam.cli import main
 from shardadam.trainer import loop
 from shardadam.trainer.build import create_state
 from shardadam.trainer.config import ConfigError
@@ -189,6 +191,27 @@ def test_another_model_is_refused_and_nothing_is_touched(uninterrupted):
         train(replace(config, model=replace(config.model, d_ff=64)))
     assert (run_directory(config) / "config.yaml").read_text() == before
     assert whole.checkpoint.is_dir()
+
+
+def test_damage_to_every_step_is_not_trained_over(uninterrupted, tiny, capsys):
+    """The start that finds the damage ends with an error; those after it, by a launcher, must not begin at step 0."""
+    config = tiny(steps=STEPS)
+    directory = run_directory(config)
+    shutil.copytree(run_directory(uninterrupted[0]), directory)
+    for manifest in directory.glob("checkpoints/*/state/manifest.ocdbt"):
+        manifest.write_bytes(manifest.read_bytes()[:-1] + b"?")
+    with pytest.raises(CheckpointError, match="none of its steps is what its seal says"):
+        train(config)
+    before = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    path = directory.with_suffix(".yaml")
+    path.write_text(yaml.safe_dump(asdict(config)))
+    assert main(["train", str(path)]) == 2  # which `shardadam launch` does not start again after
+    said = capsys.readouterr().err
+    assert (
+        f"steps {STEPS} had been saved, and are damaged: see the .txt of each in {directory}/checkpoints/damaged"
+        in said
+    )
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_a_loss_that_is_not_finite_stops_before_it_is_saved(tiny):

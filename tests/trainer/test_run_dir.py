@@ -1,3 +1,5 @@
+"""What a run is recorded as, what it may go on with, and when it may begin."""
+
 import functools
 import json
 from dataclasses import replace
@@ -6,7 +8,7 @@ import pytest
 from tiny import tiny_config
 
 from shardadam.trainer.config import ConfigError, load_config
-from shardadam.trainer.run_dir import check_resume, run_directory, versions, write_run
+from shardadam.trainer.run_dir import check_resume, refusal_to_begin, run_directory, versions, write_run
 
 
 @pytest.fixture
@@ -69,3 +71,56 @@ def test_checkpoints_of_nobody_knows_what(started, name):
     (run_directory(started) / name).unlink()
     with pytest.raises(ConfigError, match=f"has checkpoints but no {name}"):
         check_resume(replace(started, steps=9), "ab" * 32)
+
+
+def leave(started, *paths):
+    """Makes these in the run's directory of checkpoints, each a step (a name that ends in /) or a file."""
+    for path in (run_directory(started) / "checkpoints" / name for name in paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.name.isdecimal():
+            path.mkdir()
+            (path / "_CHECKPOINT_METADATA").write_text("{}")
+        else:
+            path.write_text("")
+
+
+def trained_until(started, step):
+    (run_directory(started) / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 1.0}}\n')
+
+
+@pytest.mark.parametrize(
+    ("left", "step"),
+    [
+        ([], 0),
+        ([], 100),  # Killed before its first save has begun, at step 100.
+        (["seals/.tmp", "100"], 100),  # Killed between Orbax's commit and the seal,
+        (["seals/.tmp", "damaged/100-T-1/x", "damaged/100-T-1.txt", "100"], 100),  # and once more.
+        (["seals/.tmp"], 250),  # No save has succeeded, and on_save_error is "warn".
+    ],
+)
+def test_what_was_never_saved_may_begin(started, left, step):
+    leave(started, *left)
+    trained_until(started, step)
+    assert refusal_to_begin(started) == ""
+
+
+@pytest.mark.parametrize(
+    ("left", "step", "message"),
+    [
+        (
+            ["seals/.tmp", "damaged/4-T-1/x", "damaged/4-T-1.txt", "damaged/4-T-1.json"],
+            0,
+            "steps 4 had been saved, and ",
+        ),
+        (["seals/4.json"], 0, "has seals of steps 4, whose directories are gone"),
+        (["4"], 0, "steps 4 are there without seals: `shardadam checkpoint adopt`"),  # `seals` was removed.
+        (["seals/.tmp", "2", "4"], 0, "steps 2, 4 are there without seals"),
+        ([], 101, "metrics.jsonl goes to step 101, past the first save"),  # All of `checkpoints` was.
+    ],
+)
+def test_what_was_saved_and_is_gone_is_not_begun_anew(started, left, step, message):
+    leave(started, *left)
+    trained_until(started, step)
+    refusal = refusal_to_begin(started)
+    assert message in refusal
+    assert "choose another 'name', or move" in refusal
