@@ -5,6 +5,7 @@
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import conftest
 import jax
@@ -25,22 +27,25 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import shardadam
-from shardadam.checkpoint import Checkpointer, CheckpointError, sealing
+from shardadam.checkpoint import Checkpointer, CheckpointError, sealing, verify
 from shardadam.checkpoint.hashing import hash_file
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.steps import Steps
 
 STEPS = (1, 2, 3)
+LARGE = verify._LARGE  # Files of so many bytes are hashed in the background, while they are read.
+_LARGE_LEAF = (512, 520)  # On every device, and so in one piece, which makes the file that it is in a large one.
 
 
+@functools.cache
 def state_of(step):
     """A TrainState of eight devices, packed, other in every leaf for every step."""
     mesh = conftest.make_mesh({"data": 8})
     rng = np.random.default_rng(step)
     params = {
         name: jax.device_put(rng.standard_normal(shape).astype(np.float32), NamedSharding(mesh, P()))
-        for name, shape in (("kernel", (17, 13)), ("other", (17, 13)), ("bias", (7,)))
+        for name, shape in (("kernel", (17, 13)), ("other", (17, 13)), ("bias", (7,)), ("large", _LARGE_LEAF))
     }
     plan = shardadam.make_plan(params, mesh, layout="packed", min_size=0)
     state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, plan=plan), plan=plan)
@@ -56,6 +61,7 @@ def clean_directory(path):
     with Checkpointer(path) as checkpointer:
         for step in STEPS:
             checkpointer.save(step, state_of(step), extra={"step": step})
+    assert all(_large_files(path / str(step)) for step in STEPS)
 
 
 def snapshot(root):
@@ -70,38 +76,59 @@ def snapshot(root):
     return found
 
 
-def _files(rng, root):
-    """A step, and one of its files; every third time its seal, every third time one of the large ones."""
+def large_file(rng, root):
+    """A step, and its file with array data, whose hash is only known when it has been read."""
     step = rng.choice(STEPS)
-    kind = rng.randrange(3)
-    if kind == 0:
+    return step, rng.choice(_large_files(root / str(step)))
+
+
+def _large_files(path):
+    return sorted(file for file in path.rglob("d/*") if file.stat().st_size >= LARGE)
+
+
+def any_file(rng, root):
+    """A step, and one of its files: every other time a large one, every fourth time its seal."""
+    kind = rng.randrange(4)
+    if kind < 2:
+        return large_file(rng, root)
+    step = rng.choice(STEPS)
+    if kind == 2:
         return step, root / "seals" / f"{step}.json"
-    files = sorted(path for path in (root / str(step)).rglob("*") if path.is_file())
-    return step, rng.choice([path for path in files if kind == 1 or path.parent.name == "d"])
+    return step, rng.choice(sorted(path for path in (root / str(step)).rglob("*") if path.is_file()))
 
 
 def flip(rng, root):
-    step, path = _files(rng, root)
+    step, path = any_file(rng, root)
     raw = bytearray(path.read_bytes())
     raw[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
     path.write_bytes(raw)
     return step
 
 
+def lose_page(rng, root):
+    """As where the machine went down: the file has its size, and one page of it was never written."""
+    step, path = any_file(rng, root)
+    raw = bytearray(path.read_bytes())
+    start = rng.randrange(0, len(raw), 4096)
+    raw[start : start + 4096] = bytes(len(raw[start : start + 4096]))
+    path.write_bytes(raw)
+    return step
+
+
 def truncate(rng, root):
-    step, path = _files(rng, root)
+    step, path = any_file(rng, root)
     path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
     return step
 
 
 def append(rng, root):
-    step, path = _files(rng, root)
+    step, path = any_file(rng, root)
     path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 9)))
     return step
 
 
 def delete(rng, root):
-    step, path = _files(rng, root)
+    step, path = any_file(rng, root)
     path.unlink()
     return step
 
@@ -152,7 +179,11 @@ def stale_seal(rng, root):
 
 
 def file_of_another_step(rng, root):
+    """One of the same name; every other time the large one, which has another name and the same size."""
     step, other = rng.sample(STEPS, 2)
+    if rng.random() < 0.5:
+        shutil.copy(_large_files(root / str(other))[0], _large_files(root / str(step))[0])
+        return step
     same = ("state/manifest.ocdbt", "state/_METADATA", "extra/metadata", "_CHECKPOINT_METADATA")
     differ = [p for p in same if (root / str(step) / p).read_bytes() != (root / str(other) / p).read_bytes()]
     name = rng.choice(differ)
@@ -193,7 +224,8 @@ def _swap(item, rng):
 def link(rng, root):
     """A file or directory that is a symbolic link now; every other time to the very same bytes."""
     step = rng.choice(STEPS)
-    path = rng.choice([root / str(step), *sorted((root / str(step)).rglob("*"))])
+    within = [root / str(step), *sorted((root / str(step)).rglob("*"))]
+    path = rng.choice(within if rng.random() < 0.5 else _large_files(root / str(step)))
     target = root.parent / f"outside-{rng.randrange(10**9)}"
     path.rename(target)
     path.symlink_to(target if rng.random() < 0.5 else os.path.relpath(target, path.parent))
@@ -209,9 +241,16 @@ def planted(rng, root):
 
 
 FAULTS = (
-    flip, truncate, append, delete, delete_directory, commit_mark, rename, swap_steps, stale_seal, file_of_another_step,
-    swap_chunks, swap_chunks_before_the_seal, link, planted,
+    flip, lose_page, truncate, append, delete, delete_directory, commit_mark, rename, swap_steps, stale_seal,
+    file_of_another_step, swap_chunks, swap_chunks_before_the_seal, link, planted,
 )  # fmt: skip
+
+
+class Found(NamedTuple):
+    """How a fault was found, and whether it was one of a large file and nothing else."""
+
+    how: str
+    of_large: bool
 
 
 class Warned(logging.Handler):
@@ -223,8 +262,8 @@ class Warned(logging.Handler):
         self.said.append(record.getMessage())
 
 
-def inject(clean, scratch, fault, rng, truth):
-    """Applies one fault to a copy, restores, and returns how it was found.
+def inject(clean, scratch, fault, rng, truth, check=None):
+    """Applies one fault to a copy, restores with `verify=check` (default: any), and returns how it was found.
 
     Raises:
       AssertionError: it was not applied, was not found, or what was restored is not what was saved.
@@ -233,14 +272,16 @@ def inject(clean, scratch, fault, rng, truth):
     shutil.copytree(clean, root)
     before = snapshot(root)
     step = fault(rng, root)
-    assert snapshot(root) != before, f"{fault.__name__}: not applied"
-    verify = "full" if fault is swap_chunks_before_the_seal or rng.random() < 0.3 else "files"
+    differ = [name for name, _ in before.items() ^ snapshot(root).items()]
+    assert differ, f"{fault.__name__}: not applied"
+    of_large = len(set(differ)) == 1 and (clean / differ[0]).is_file() and (clean / differ[0]).stat().st_size >= LARGE
+    check = check or ("full" if fault is swap_chunks_before_the_seal or rng.random() < 0.3 else "files")
     log, warned = logging.getLogger("shardadam.checkpoint"), Warned()
     log.addHandler(warned)
     how = set()
     try:
         with Checkpointer(root) as checkpointer:
-            newest = checkpointer.restore(truth[0], verify=verify)
+            newest = checkpointer.restore(truth[0], verify=check)
             _assert_saved(newest, checkpointer.restored_step, truth)
             if any(damage.step == step for damage in checkpointer.damaged):
                 how.add("moved aside, an older step restored" if step > checkpointer.restored_step else "moved aside")
@@ -249,7 +290,7 @@ def inject(clean, scratch, fault, rng, truth):
             listed = checkpointer.all_steps()
             for other in {*listed, *STEPS} if not how else listed if rng.random() < 0.2 else ():
                 try:
-                    _assert_saved(checkpointer.restore(truth[0], other, verify=verify), other, truth)
+                    _assert_saved(checkpointer.restore(truth[0], other, verify=check), other, truth)
                 except (CheckpointError, FileNotFoundError):
                     how.add("an older step: an error when it is asked for")
             _goes_on(checkpointer, truth)
@@ -259,7 +300,7 @@ def inject(clean, scratch, fault, rng, truth):
         for left in scratch.glob("outside-*"):
             shutil.rmtree(left) if left.is_dir() else left.unlink()
     assert how, f"{fault.__name__} in step {step}: silent"
-    return how.pop() if len(how) == 1 else "both of these"
+    return Found(how.pop() if len(how) == 1 else "both of these", of_large)
 
 
 def _goes_on(checkpointer, truth):
@@ -290,6 +331,7 @@ def main():
     parser.add_argument("--seed", type=int, default=int(time.time()))
     args = parser.parse_args()
     rng, found, silent, began = random.Random(args.seed), Counter(), 0, time.monotonic()
+    of_large = Counter()
     versions = ", ".join(f"{name} {version}" for name, version in sealing.versions().items())
     print(f"{versions}; {args.faults} faults, seed {args.seed}", flush=True)
     logging.getLogger("shardadam.checkpoint").propagate = False
@@ -301,7 +343,8 @@ def main():
             fault = FAULTS[number % len(FAULTS)]
             scratch.mkdir()
             try:
-                how = inject(clean, scratch, fault, rng, truth)
+                how, large = inject(clean, scratch, fault, rng, truth)
+                of_large[fault.__name__] += large
             except Exception as error:  # noqa: BLE001 - counted
                 how, silent = f"NOT FOUND: {type(error).__name__}: {error}"[:300], silent + 1
                 print(f"fault {number}, {fault.__name__}: {how}", flush=True)
@@ -310,6 +353,7 @@ def main():
             found[fault.__name__, how] += 1
     for (name, how), count in sorted(found.items()):
         print(f"| {name.replace('_', ' ')} | {count} | {how} |")
+    print(f"on files of {LARGE:,} bytes or more: {of_large.total()}, of them {dict(+of_large)}")
     print(f"{args.faults} faults, {silent} silent, {time.monotonic() - began:.0f} s")
     raise SystemExit(1 if silent else 0)
 

@@ -19,6 +19,13 @@ def test_no_fault_is_silent(fault, clean, tmp_path):
     faults.inject(path, tmp_path, fault, random.Random(fault.__name__), truth)
 
 
+@pytest.mark.parametrize("fault", [faults.flip, faults.lose_page, faults.delete], ids=lambda fault: fault.__name__)
+def test_no_fault_of_a_large_file_is_silent(fault, clean, tmp_path, monkeypatch):
+    path, truth = clean
+    monkeypatch.setattr(faults, "any_file", faults.large_file)
+    assert faults.inject(path, tmp_path, fault, random.Random(1), truth, check="files").of_large
+
+
 def test_a_fault_that_changes_nothing_fails_the_injector(clean, tmp_path):
     path, truth = clean
     with pytest.raises(AssertionError, match="not applied"):
