@@ -191,6 +191,12 @@ def from_every_process(name: str, value: str, *, timeout_seconds: float = 600) -
     return [client.blocking_key_value_get(f"{key}/{index}", timeout) for index in range(jax.process_count())]
 
 
+def tell_every_process(name: str, value: str) -> None:
+    """This process's value for the others' `from_every_process` of that name, whose values it does not want."""
+    if (client := coordination_client()) is not None:
+        client.key_value_set(f"{_next_key(name)}/{jax.process_index()}", value)
+
+
 def _next_key(name: str) -> str:
     with _said_lock:
         _said[name] = _said.get(name, 0) + 1  # a key of the store is written once

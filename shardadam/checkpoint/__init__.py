@@ -2,7 +2,7 @@
 
 from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import Converted, export_checkpoint, import_checkpoint
-from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
+from shardadam.checkpoint.errors import CheckpointError, NotFiniteError, SaveError
 
 __all__ = [
     "CheckpointError",

@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from shardadam.checkpoint.digest import host_digest
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.sealing import is_count, write_seal
 from shardadam.checkpoint.steps import Steps

@@ -15,8 +15,8 @@ import jax
 from etils import epath
 
 from shardadam.checkpoint.adopting import adopt
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.lock import WriterLock
-from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.restoring import Damage, Verify, chosen, read_extra, restore_newest, restore_step
 from shardadam.checkpoint.saving import Saver
 from shardadam.checkpoint.seal import Seal, described_plan
@@ -106,9 +106,11 @@ class Checkpointer:
         if "://" not in name:
             check_shared(Path(self.directory))
             lock = WriterLock(Path(self.directory), self._run_id)
-            weakref.finalize(self, lock.release)  # Also at the interpreter's end.
         retain = partial(retire_old, self._steps, max_to_keep, keep_period)
         self._saver = Saver(self._steps, lock, on_error, retain, compress=compress)
+        if lock is not None:
+            # Of the saver, which a save under way keeps. Also at the interpreter's end.
+            weakref.finalize(self._saver, lock.release)
 
     def lock(self) -> None:
         """Takes the directory for this run's writing, as the first `save` does otherwise; until `close`.

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.forms import FORMS, OWN_FIELDS, Parts, leaves, put_together, take_apart, without
 from shardadam.checkpoint.importing import save_imported
-from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.source import Source, find
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, number, read, write

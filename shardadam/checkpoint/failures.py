@@ -4,22 +4,19 @@ import atexit
 import errno
 import logging
 import os
-import re
 import shutil
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import NoReturn
 
 from etils import epath
 
-from shardadam.checkpoint.match import NotFiniteError, SaveError
+from shardadam.checkpoint.errors import ElsewhereError, NotFiniteError, SaveError, errno_of
 from shardadam.checkpoint.steps import Steps, is_local, short
 
-# As tensorstore and Python tell the operating system's errors in their messages.
-_NUMBER = re.compile(r"os_error_code='(\d+)'|\[Errno (\d+)\]|\[OS error (\d+)")
 _REMEDIES = {
     errno.ENOSPC: "Free some space there, or keep fewer steps",
     errno.EDQUOT: "Free some space, or have the quota raised",
@@ -50,6 +47,7 @@ def save_error(steps: Steps, step: int, error: BaseException) -> SaveError | Not
         number, cause = errno.ENOENT, "the directory is gone"
     elif number is not None:
         cause = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+        cause += f", in {error}" if isinstance(error, ElsewhereError) else ""
     free = f"; {_free_space(Path(where))}" if is_local(where) else ""
     remedy = f". {_REMEDIES[number]}" if number in _REMEDIES else ""
     told = SaveError(f"step {step}: not saved in {where}: {cause}{free}; saved there: {short(steps.sealed())}{remedy}")
@@ -68,16 +66,6 @@ def explained(wait: Callable[[], None], steps: Steps, step: int) -> None:
 def raise_it(error: Exception) -> NoReturn:
     """Raises an error."""
     raise error
-
-
-def errno_of(error: BaseException | None) -> int | None:
-    """The operating system's number for what went wrong, from an error or what it came from; None if none says."""
-    for each in _chain(error):
-        if isinstance(each, OSError) and each.errno is not None:
-            return each.errno
-        if found := _NUMBER.search(str(each)):
-            return int(next(filter(None, found.groups())))
-    return None
 
 
 class SamePlace:
@@ -100,7 +88,7 @@ class SamePlace:
 
 
 _unfinished: dict[Hashable, Callable[[], None]] = {}
-_failed = threading.Event()
+_registered, _failed = threading.Event(), threading.Event()
 
 
 def expect(key: Hashable, wait: Callable[[], None]) -> None:
@@ -110,7 +98,8 @@ def expect(key: Hashable, wait: Callable[[], None]) -> None:
       key: whose save this is; another one of the same takes its place.
       wait: returns when the save is done, raises what it failed with.
     """
-    if not _unfinished:
+    if not _registered.is_set():
+        _registered.set()
         # Python joins its pools of threads, without which Orbax cannot commit, before it runs what atexit has. Only
         # what is registered here comes before that, the last one first.
         threading._register_atexit(_wait_for_all)  # type: ignore[attr-defined]
@@ -150,11 +139,3 @@ def _free_space(path: Path) -> str:
         return f"free space unknown ({error.strerror})"
     told = f"{usage.free:,} of {usage.total:,} bytes are free"
     return told if stat.f_favail or not stat.f_files else f"{told}, but no further file can be made"
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    seen: list[BaseException] = []
-    while error is not None and error not in seen:
-        seen.append(error)
-        yield error
-        error = error.__cause__ or error.__context__

@@ -11,8 +11,8 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.checkpointer import Checkpointer
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.forms import leaves
-from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.sealing import is_count, write_seal
 from shardadam.checkpoint.steps import Steps, remove_partial

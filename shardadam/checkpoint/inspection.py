@@ -12,9 +12,9 @@ import numpy as np
 from etils import epath
 
 from shardadam.checkpoint.convert import as_path
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.forms import leaves, take_apart
 from shardadam.checkpoint.logical import is_key
-from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.source import find
 from shardadam.checkpoint.steps import Steps, existing

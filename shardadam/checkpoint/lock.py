@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.holder import Holder
-from shardadam.checkpoint.match import CheckpointError
 
 NAME = "writer.lock"
 HEARTBEAT = 10.0  # Seconds between two of the holder's.
@@ -115,6 +115,8 @@ class WriterLock:
             if not (chain := self._chain()):
                 if _link(candidate, self.path):
                     return None
+                if self.path.is_symlink():
+                    raise CheckpointError(f"{self.path}: is a symbolic link, which it must not be; remove it")
                 continue
             if not self._is_dead(chain[-1], candidate):
                 return chain[-1]

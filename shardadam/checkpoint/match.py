@@ -8,21 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint.metadata import ScalarMetadata
 
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key, looks_packed
 
 _MAX_LISTED = 8  # Leaves named per kind of fault: a wrong tree may have thousands.
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be saved as asked, or does not hold what is wanted of it."""
-
-
-class SaveError(OSError, CheckpointError):
-    """A step was not saved. Those saved before it are still there."""
-
-
-class NotFiniteError(CheckpointError):
-    """A step was not saved, as there is NaN or infinity in it. Those saved before it are still there."""
 
 
 def check_match(saved: Mapping[tuple[str, ...], Any], slots: Sequence[Slot], where: str) -> None:

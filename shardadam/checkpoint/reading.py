@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 
 STATE, EXTRA = "state", "extra"  # The items of a step: directories below the one named by the step's number.
 

@@ -1,6 +1,7 @@
 """Restores the newest step that is what its seal says, and has the damaged ones that it meets moved aside."""
 
 import dataclasses
+import errno
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -11,7 +12,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from shardadam.checkpoint import reading
-from shardadam.checkpoint.match import CheckpointError, check_match, exact, is_scalar
+from shardadam.checkpoint.errors import CheckpointError, errno_of
+from shardadam.checkpoint.match import check_match, exact, is_scalar
 from shardadam.checkpoint.optional import as_saved, as_wanted
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import list_files
@@ -88,6 +90,11 @@ def restore_newest(steps: Steps, like: Any, plan: Plan | None, verify: Verify, s
             if damage is not None:
                 found.append(damage)
             continue
+        except OSError as error:
+            if errno_of(error) == errno.ENOENT and not _is_sealed(steps, step):
+                continue  # The run that writes here has deleted it meanwhile.
+            error.add_note(f"Step {step} of {steps.directory} cannot be read now; nothing was moved.")
+            raise
         if found:
             log.warning("restored step %d in place of %s", step, ", ".join(str(damage.step) for damage in found))
         return step, state
@@ -154,7 +161,7 @@ def read_extra(steps: Steps, step: int | None) -> Any:
       FileNotFoundError: there is no such step.
     """
     step = chosen(steps, step, sealed=False)
-    if on_process_zero(steps.key("has a seal"), lambda: step in steps.seals()):
+    if _is_sealed(steps, step):
         _refuse(file_faults(steps, _seal(steps, step), below=f"{reading.EXTRA}/"))
     return reading.read_extra(steps.path(step))
 
@@ -195,8 +202,15 @@ def _seal(steps: Steps, step: int) -> Seal:
     """A step's seal, if it is whole."""
     try:
         return read_seal(steps, step)
+    except OSError:  # An ElsewhereError, too.
+        raise
     except CheckpointError as error:
         raise Damaged(str(error)) from None
+
+
+def _is_sealed(steps: Steps, step: int) -> bool:
+    """Whether a step has a seal still."""
+    return on_process_zero(steps.key("still sealed"), lambda: step in steps.seals())
 
 
 def _refuse(faults: Sequence[str]) -> None:
@@ -209,8 +223,9 @@ def _newest(steps: Steps, without: Sequence[int]) -> tuple[int, bool] | None:
     """The newest step with a seal, and whether the step itself is lost; listed anew: others may be deleting."""
 
     def newest() -> Any:
-        sealed = steps.sealed()
-        return next(([step, step not in sealed] for step in reversed(steps.seals()) if step not in without), None)
+        step = next((step for step in reversed(steps.seals()) if step not in without), None)
+        # Looked for after its seal was seen: a step is there before its seal is.
+        return None if step is None else [step, not steps.path(step).is_dir()]
 
     found = on_process_zero(steps.key("newest"), newest)
     return None if found is None else (found[0], found[1])

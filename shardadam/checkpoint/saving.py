@@ -11,12 +11,13 @@ from typing import Literal
 import jax
 import orbax.checkpoint as ocp
 
+from shardadam.checkpoint.commit import Commit
 from shardadam.checkpoint.digest import Started, prepare
+from shardadam.checkpoint.errors import CheckpointError, NotFiniteError, SaveError
 from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
 from shardadam.checkpoint.hashing import HashedAhead
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.logical import Slot
-from shardadam.checkpoint.match import CheckpointError, NotFiniteError, SaveError
 from shardadam.checkpoint.reading import STATE
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, write_seal
@@ -53,7 +54,7 @@ class Saver:
         compress: bool,
     ) -> None:
         self._steps, self._lock, self._on_error, self._retain = steps, lock, on_error, retain
-        self._compress = compress
+        self._compress, self._commit = compress, Commit(steps.key)
         self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._background = ThreadPoolExecutor(1, "checkpoint-seal")
         self._sealing: Sealing | None = None
@@ -90,7 +91,9 @@ class Saver:
             return
         described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
         with self._surfacing("start"):
-            manager = self._manager = self._manager or writer(self._steps.directory, compress=self._compress)
+            self._commit.begin(draft.step)
+            directory, commit = self._steps.directory, self._commit
+            manager = self._manager = self._manager or writer(directory, commit, compress=self._compress)
             started = self._write(manager, draft.step, args, parts)
         if self.step is None:
             return
@@ -100,15 +103,17 @@ class Saver:
             leaves = sealed_leaves(self._steps, described, started)
             if not allow_nonfinite:
                 check_finite(draft.step, leaves)
-            write_seal(self._steps, dataclasses.replace(draft, leaves=leaves), ahead)
+            sealed = dataclasses.replace(draft, leaves=leaves)
+            write_seal(self._steps, sealed, ahead, permit=partial(self._check_lock, draft.step))
             if jax.process_index() == 0:
                 self._retain()
 
         full = args[STATE].ocdbt_target_data_file_size
         ahead = partial(HashedAhead, self._steps.directory, draft.step, full)
         self._sealing = Sealing(ahead, manager.wait_until_finished, seal, self._tidy)
-        self._sealing.start(self._background)
+        # Keeps this saver, and so the lock, until the step is sealed, whether or not somebody else does.
         expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
+        self._sealing.start(self._background)
 
     def check(self) -> None:
         """Raises what the last save has failed with, if it has by now; waits for nothing."""
@@ -117,10 +122,10 @@ class Saver:
 
     def wait(self) -> None:
         """Waits until the last save is sealed; raises what it failed with."""
-        sealing, self._sealing = self._sealing, None
-        if sealing is None:
+        if (sealing := self._sealing) is None:
             return
-        self._tidying = sealing
+        sealing.await_end()  # Interrupted here, the save is still under way.
+        self._sealing, self._tidying = None, sealing
         with self._surfacing("wait"):
             sealing.wait()
             self.step, self._failure = None, None
@@ -168,8 +173,22 @@ class Saver:
         return begin_digests()
 
     def _tidy(self) -> None:
-        if jax.process_index() == 0:
+        """After a step was sealed, when nothing is left to be told of it."""
+        if jax.process_index() == 0 and self._holds_lock():
             remove_retired(self._steps)
+        settled(self._steps)
+
+    def _holds_lock(self) -> bool:
+        """Whether this process may delete here: it holds the lock, or there can be none."""
+        return self._lock is None or self._lock.is_held()
+
+    def _check_lock(self, step: int) -> None:
+        """Of process 0, which holds it for all."""
+        if self._lock is not None and not self._lock.is_held():
+            raise SaveError(
+                f"step {step}: not saved in {self._steps.directory}: {self._lock.path} has been taken over by another "
+                "run, or was removed, meanwhile; end one of the two"
+            )
 
     @contextlib.contextmanager
     def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:
@@ -185,11 +204,11 @@ class Saver:
             self._manager = None
             step, self.step = self.step, None
             assert step is not None
-            if isinstance(error, CheckpointError) and not isinstance(error, SaveError) and stage != "wait":
+            if isinstance(error, CheckpointError) and not isinstance(error, OSError) and stage != "wait":
                 raise
-            if stage != "prepare" and self._lock is not None and self._lock.is_held():
+            failure = save_error(self._steps, step, error)  # While the disk is as full as it was.
+            if stage != "prepare" and self._holds_lock():
                 remove_partial(self._steps, step)
-            failure = save_error(self._steps, step, error)
             if self._on_error == "raise" or isinstance(failure, NotFiniteError):
                 settled(self._steps)
                 raise failure from (None if failure is error else error)

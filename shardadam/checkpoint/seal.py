@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 
 import jax.numpy as jnp
 
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.plan import Plan
 
 FORMAT = 1

@@ -17,9 +17,9 @@ import numpy as np
 from etils import epath
 
 from shardadam.checkpoint.digest import Started, finish
+from shardadam.checkpoint.errors import CheckpointError, NotFiniteError
 from shardadam.checkpoint.hashing import HashedAhead, hash_together
 from shardadam.checkpoint.logical import Slot
-from shardadam.checkpoint.match import CheckpointError, NotFiniteError
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.steps import Steps, is_local, sync_directory
 from shardadam.checkpoint.together import on_process_zero
@@ -57,9 +57,13 @@ class Sealing:
         """Whether `wait` would not have to."""
         return self._ended.is_set()
 
+    def await_end(self) -> None:
+        """Returns when the step is sealed, or is not to be."""
+        self._ended.wait()
+
     def wait(self) -> None:
         """Returns when the step is sealed; raises what went wrong, to the first who asks."""
-        self._ended.wait()
+        self.await_end()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -80,6 +84,7 @@ class Sealing:
         self._ended.set()
         if not failed:
             self._tidy()
+        del self._ahead, self._commit, self._seal, self._tidy  # What refers to the saver goes with the save.
 
 
 def sealed_leaves(
@@ -126,13 +131,16 @@ def is_count(names: Sequence[str], shape: tuple[int, ...]) -> bool:
     return shape == () and [name for name in names if name != "value"][-1:] == ["count"]
 
 
-def write_seal(steps: Steps, draft: Seal, ahead: HashedAhead | None = None) -> Seal:
+def write_seal(
+    steps: Steps, draft: Seal, ahead: HashedAhead | None = None, *, permit: Callable[[], None] = lambda: None
+) -> Seal:
     """Makes a committed step's files durable, hashes them, and writes its seal. All processes call it.
 
     Args:
       steps: of the directory.
       draft: the seal, but for its files, versions and time.
       ahead: what each process has hashed already.
+      permit: called by process 0 before it writes; raises where it must not.
 
     Returns:
       The seal.
@@ -151,6 +159,7 @@ def write_seal(steps: Steps, draft: Seal, ahead: HashedAhead | None = None) -> S
         synced.result()
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         seal = dataclasses.replace(draft, files=files, versions=versions(), sealed_at=now)
+        permit()
         steps.write_seal(seal)
         return seal.to_text()
 

@@ -1,7 +1,6 @@
 """What the processes of a run settle about their checkpoint directory: that they share it, and who holds it."""
 
 import contextlib
-import json
 import logging
 import socket
 import time
@@ -12,7 +11,8 @@ import jax
 
 from shardadam import runtime
 from shardadam.checkpoint import lock
-from shardadam.checkpoint.match import CheckpointError, SaveError
+from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.together import on_process_zero
 
 _SEEN_WITHIN = 10.0  # seconds
 _POLL = 0.05
@@ -53,21 +53,9 @@ def acquire_for_all(held: lock.WriterLock) -> None:
 
     Raises:
       CheckpointError: another run holds the directory.
-      OSError: in process 0, which cannot write there; a SaveError in the others.
+      OSError: process 0 cannot write there.
     """
-    mine: Exception | None = None
-    if jax.process_index() == 0:
-        try:
-            held.acquire()
-        except (CheckpointError, OSError) as error:
-            mine = error
-    told = None if mine is None else (isinstance(mine, OSError), str(mine))
-    said = json.loads(runtime.from_process_zero("writer", json.dumps(told)))
-    if mine is not None:
-        raise mine
-    if said is not None:
-        is_fault, why = said
-        raise (SaveError if is_fault else CheckpointError)(f"process 0 cannot write checkpoints: {why}")
+    on_process_zero("writer", held.acquire)
 
 
 def _written(token: Path) -> str:

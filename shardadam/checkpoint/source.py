@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.steps import Steps, existing
 from shardadam.checkpoint.stream import Leaf, item_tree
 

@@ -7,10 +7,12 @@ DIRECTORY/trash/              what is being deleted
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Sequence
@@ -19,10 +21,11 @@ from pathlib import Path
 from etils import epath
 
 from shardadam.checkpoint import reading
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.seal import Seal
 
 SEALS, DAMAGED, TRASH = "seals", "damaged", "trash"
+_MOST_BYTES = 2**28  # Of a seal: a thousand times that of a model with a thousand leaves.
 PARTIAL = ".orbax-checkpoint-tmp"  # In the names of what Orbax has not committed.
 
 _made = itertools.count()  # Alike in all processes, which make the same Checkpointers in the same order.
@@ -83,9 +86,10 @@ class Steps:
 
         Raises:
           CheckpointError: it is damaged, or that of another step, or there is none.
+          OSError: it is there, and cannot be read.
         """
         try:
-            text = self.seal_path(step).read_bytes()
+            text = _read_small(self.seal_path(step))
         except FileNotFoundError:
             raise CheckpointError("there is no seal") from None
         seal = Seal.from_text(text.decode(errors="replace"))
@@ -108,10 +112,13 @@ class Steps:
         name = f"{step}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{uuid.uuid4().hex[:4]}"
         target = self._folder(DAMAGED) / name
         target.parent.mkdir(exist_ok=True)
-        write_durably(target.with_name(f"{name}.txt"), why + "\n")
         # The step first: a seal without one is reported again, a step without a seal would be as one never finished.
         _move(self.path(step), target)
         _move(self.seal_path(step), target.with_name(f"{name}.json"))
+        try:
+            write_durably(target.with_name(f"{name}.txt"), why + "\n")
+        except OSError as error:  # A full disk has room for names still.
+            log.warning("why step %d was moved cannot be written to %s: %s", step, target.parent, error)
         log.warning("step %d moved to %s: %s", step, target, why)
         return target
 
@@ -256,6 +263,27 @@ def write_durably(path: epath.Path, text: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(draft)
     sync_directory(path.parent)
+
+
+def _read_small(path: epath.Path) -> bytes:
+    """What is in a file of no more than `_MOST_BYTES`, that leads nowhere else.
+
+    Raises:
+      CheckpointError: it is a link, a pipe or a device, or larger.
+    """
+    if not is_local(path):
+        return path.read_bytes()
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+            raise CheckpointError(f"{path}: is a symbolic link or no regular file") from None
+        raise
+    with open(file, "rb") as opened:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise CheckpointError(f"{path}: is no regular file, or larger than any seal: {status.st_size:,} bytes")
+        return opened.read(_MOST_BYTES)
 
 
 def sync_file(path: epath.Path) -> None:

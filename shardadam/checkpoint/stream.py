@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.metadata import ScalarMetadata, StringMetadata
 
 from shardadam.checkpoint.digest import Digest, digests, host_digest
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key, split_sharding
-from shardadam.checkpoint.match import CheckpointError
 
 CHUNK_BYTES = 16 * 2**20  # Read together, so that many small leaves do not cost a reading of the metadata each.
 

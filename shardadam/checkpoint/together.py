@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import jax
 
 from shardadam import runtime
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError, ElsewhereError, errno_of
 
 Result = TypeVar("Result")
 
@@ -16,7 +16,8 @@ def on_process_zero(name: str, work: Callable[[], Any]) -> Any:
     """What `work` gives process 0, as JSON brings it, on all of them. All call this in the same order.
 
     Raises:
-      CheckpointError: it failed in process 0, which itself raises the error.
+      CheckpointError: it failed in process 0, which itself raises the error; an ElsewhereError where that was one of
+        its operating system.
     """
     failure: Exception | None = None
     said = ""
@@ -25,24 +26,33 @@ def on_process_zero(name: str, work: Callable[[], Any]) -> Any:
     answer = json.loads(runtime.from_process_zero(name, said))
     if failure is not None:
         raise failure
-    if "error" in answer:
-        raise CheckpointError(f"process 0: {answer['error']}")
+    _check([answer])
     return answer["value"]
 
 
-def on_every_process(name: str, work: Callable[[], Any]) -> list[Any]:
+def on_every_process(name: str, work: Callable[[], Any], *, timeout_seconds: float = 600) -> list[Any]:
     """What `work` gives each process, as JSON brings it, on all of them. All call this in the same order.
 
+    Args:
+      name: what it is about.
+      work: gives what JSON holds.
+      timeout_seconds: how long to wait for each of the others.
+
     Raises:
-      CheckpointError: it failed in some process, which itself raises the error.
+      CheckpointError: it failed in some process, which itself raises the error; an ElsewhereError where that was one of
+        its operating system.
     """
     said, failure = _said(work)
-    answers = [json.loads(text) for text in runtime.from_every_process(name, said)]
+    answers = [json.loads(text) for text in runtime.from_every_process(name, said, timeout_seconds=timeout_seconds)]
     if failure is not None:
         raise failure
-    if errors := [f"process {index}: {answer['error']}" for index, answer in enumerate(answers) if "error" in answer]:
-        raise CheckpointError("; ".join(errors))
+    _check(answers)
     return [answer["value"] for answer in answers]
+
+
+def fail_on_every_process(name: str, error: BaseException) -> None:
+    """Has the others' `on_every_process` of that name raise what failed here, in place of taking part in it."""
+    runtime.tell_every_process(name, json.dumps(_failure(error)))
 
 
 def all_succeed(name: str, work: Callable[[], Result]) -> Result:
@@ -60,4 +70,24 @@ def _said(work: Callable[[], Any]) -> tuple[str, Exception | None]:
     try:
         return json.dumps({"value": work()}), None
     except Exception as error:  # noqa: BLE001 - raised again once the others know
-        return json.dumps({"error": f"{type(error).__name__}: {error}"}), error
+        return json.dumps(_failure(error)), error
+
+
+def _failure(error: BaseException) -> dict[str, Any]:
+    # What we raise ourselves, we have judged: that a file is not there may be damage, and no fault of the system's.
+    of_system = isinstance(error, OSError) or not isinstance(error, CheckpointError)
+    return {"error": f"{type(error).__name__}: {error}", "errno": errno_of(error) if of_system else None}
+
+
+def _check(answers: list[Any]) -> None:
+    """Raises what processes, from the first one on, have failed with."""
+    failed = {index: answer for index, answer in enumerate(answers) if "error" in answer}
+    if not failed:
+        return
+    told = "; ".join(f"process {index}: {answer['error']}" for index, answer in failed.items())
+    numbers = [answer["errno"] for answer in failed.values() if answer["errno"] is not None]
+    if not numbers:
+        raise CheckpointError(told)
+    error = ElsewhereError(told)
+    error.errno = numbers[0]
+    raise error

@@ -7,7 +7,7 @@ from etils import epath
 
 from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import as_path
-from shardadam.checkpoint.match import CheckpointError
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.steps import Steps, existing, remove_retired, retire_old, to_delete
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
@@ -90,7 +90,7 @@ def seal_or_fault(steps: Steps, step: int) -> tuple[Seal | None, str]:
         return None, "no seal"
     try:
         return read_seal(steps, step), ""
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return None, str(error)
 
 
@@ -100,7 +100,10 @@ def _faults(steps: Steps, step: int, with_digests: bool) -> list[str]:
     seal, fault = seal_or_fault(steps, step)
     if seal is None:
         return [fault]
-    faults = file_faults(steps, seal)
+    try:
+        faults = file_faults(steps, seal)
+    except OSError as error:
+        return [f"cannot be read: {error}"]
     return list(stored_leaf_faults(steps.path(step), seal)) if with_digests and not faults else faults
 
 

@@ -1,6 +1,7 @@
 """Is a step what its seal says? Its files byte for byte, and its leaves digest by digest."""
 
 import dataclasses
+import errno
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,9 +12,9 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.digest import digests, host_digest
+from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.hashing import hash_together
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key
-from shardadam.checkpoint.match import CheckpointError
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
 from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.steps import Steps
@@ -53,12 +54,15 @@ def begin_file_faults(steps: Steps, seal: Seal, *, below: str = "") -> tuple[lis
     Returns:
       The faults that are known at once: a file that is missing, in excess or of another size, and small ones, such as
       all metadata, that do not have every bit. And a function that waits for those of the large files.
+
+    Raises:
+      OSError: a file is there and cannot be read; so does the function.
     """
     path = steps.path(seal.step)
     try:
         there = on_process_zero(steps.key("files"), lambda: list_files(path))
     except (OSError, CheckpointError) as error:
-        return [str(error)], list
+        return [_fault(error)], list
     wanted = {name: file for name, file in seal.files.items() if name.startswith(below)}
     there = {name: size for name, size in there.items() if name.startswith(below)}
     faults = [f"{name}: is not there" for name in wanted if name not in there]
@@ -84,8 +88,18 @@ def _content_faults(key: str, path: epath.Path, wanted: Mapping[str, SealedFile]
     try:
         found = hash_together(key, path, {name: file.size for name, file in wanted.items()})
     except (OSError, CheckpointError) as error:
-        return [str(error)]
+        return [_fault(error)]
     return [f"{name}: its bytes are not those that were sealed" for name in wanted if found[name] != wanted[name]]
+
+
+def _fault(error: OSError | CheckpointError) -> str:
+    """What is wrong with a step of which something is not there, or is a link; raises what may be no fault of its own.
+
+    What cannot be read for want of a permission, of memory or of a server may be read tomorrow.
+    """
+    if isinstance(error, OSError) and error.errno not in (errno.ENOENT, errno.ENOTDIR):
+        raise error
+    return str(error)
 
 
 def shape_faults(saved: Mapping[tuple[str, ...], Any], seal: Seal) -> list[str]:

@@ -117,7 +117,7 @@ def test_elsewhere_the_heartbeat_tells(tmp_path, quick, monkeypatch, what):
 def test_one_that_was_taken_for_dead_finds_out_before_it_saves(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(lock, "HEARTBEAT", 0.02)
     with Checkpointer(tmp_path, run_id="slow") as slow:
-        slow.save(1, STATE)
+        slow.save(1, STATE, wait=True)
         path = lock_file(tmp_path, silent=30, pid=os.getppid(), started=Holder.this_process("").started)
         monkeypatch.setattr(lock.Holder, "is_running", lambda self: True)
         time.sleep(0.2)
@@ -170,3 +170,9 @@ def test_one_process_shares_with_itself_and_a_reader_needs_no_more(tmp_path, mon
     shared.check_shared(tmp_path / "nowhere")  # Cannot be written: nothing to find out.
     shared.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_is_a_link_is_refused_wherever_it_leads(tmp_path, quick):
+    (tmp_path / lock.NAME).symlink_to(tmp_path / "nowhere")
+    with Checkpointer(tmp_path) as checkpointer, pytest.raises(CheckpointError, match="is a symbolic link"):
+        checkpointer.lock()

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, failures
+from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, errors, failures
 from shardadam.checkpoint.steps import Steps
 
 ROOT = Path(__file__).parents[2]
@@ -171,12 +171,12 @@ def test_a_directory_in_the_place_of_another_is_not_the_same(tmp_path):
 
 def test_what_the_system_said_is_found_in_what_others_make_of_it(tmp_path):
     outer = ValueError("Error writing: Disk quota exceeded [os_error_code='122']")
-    assert failures.errno_of(outer) == errno.EDQUOT
+    assert errors.errno_of(outer) == errno.EDQUOT
     outer.__cause__ = None
     inner = RuntimeError("failed")
     inner.__cause__ = OSError(errno.EIO, "Input/output error")
-    assert failures.errno_of(inner) == errno.EIO
-    assert failures.errno_of(ValueError("Errno")) is None
+    assert errors.errno_of(inner) == errno.EIO
+    assert errors.errno_of(ValueError("Errno")) is None
     said = str(failures.save_error(Steps(tmp_path), 7, inner))
     assert "step 7: not saved in" in said
     assert "Input/output error (EIO)" in said

@@ -113,6 +113,24 @@ def test_a_link_in_place_of_our_own_directories_leads_nowhere(saved, tmp_path, f
     assert [path.name for path in precious.iterdir()] == ["9.json"]
 
 
+@pytest.mark.parametrize("what", ["link", "device", "pipe", "large"])
+def test_a_seal_that_leads_elsewhere_or_never_ends_is_refused(saved, tmp_path, what):
+    seal = saved / "seals/2.json"
+    kept = seal.rename(tmp_path / "elsewhere.json")
+    if what == "pipe":
+        os.mkfifo(seal)
+    elif what == "large":
+        with seal.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        seal.symlink_to(kept if what == "link" else "/dev/zero")
+    with Checkpointer(saved) as checkpointer:
+        checkpointer.restore(LIKE, verify="full")
+        assert checkpointer.restored_step == 1
+        assert "no regular file" in checkpointer.damaged[0].why
+    assert kept.exists()
+
+
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "state/../../../secret", "..", ""])
 def test_paths_of_a_seal_that_lead_outside_are_never_opened(saved, tmp_path, name):
     (tmp_path / "secret").write_text("secret")

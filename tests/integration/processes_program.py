@@ -5,6 +5,7 @@ all results, gathered, to OUT.
 """
 
 import errno
+import resource
 import socket
 import sys
 from functools import partial
@@ -149,6 +150,25 @@ def a_disk_that_is_full(directory, state):
         assert checkpointer.all_steps() == [1, 3]
 
 
+def a_process_that_can_write_no_more(directory, state):
+    """The last process is over a limit: the save ends in all at once, with what it had, and all save again."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with shardadam.Checkpointer(directory) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        if jax.process_index() == jax.process_count() - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+        try:
+            with pytest.raises(
+                SaveError, match=r"step 2: not saved in .*File too large .*saved there: steps 1"
+            ) as caught:
+                checkpointer.save(2, state, wait=True)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        assert caught.value.errno == errno.EFBIG
+        checkpointer.save(3, state, wait=True)
+        assert checkpointer.all_steps() == [1, 3]
+
+
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -185,7 +205,9 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     found = results(mesh, read, write)
     a_device_of_the_last_process(new_state(mesh))
-    a_disk_that_is_full(f"{write}-full", {"x": everywhere(np.arange(64, dtype=np.float32), mesh, P("data"))})
+    small = {"x": everywhere(np.arange(2**12, dtype=np.float32), mesh, P("data"))}
+    a_disk_that_is_full(f"{write}-full", small)
+    a_process_that_can_write_no_more(f"{write}-limit", small)
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     damage_is_found_by_all(f"{write}-damaged", mesh)

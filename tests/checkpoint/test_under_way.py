@@ -1,0 +1,85 @@
+"""A save under way: it keeps the lock if its Checkpointer goes, is not sealed without it, and outlives a Ctrl-C."""
+
+import dataclasses
+import gc
+import os
+import signal
+import threading
+import time
+
+import jax.numpy as jnp
+import pytest
+
+from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, saving, sealing
+from shardadam.checkpoint.holder import Holder
+
+
+def state(value):
+    return {"x": jnp.full((8, 4), value, jnp.float32)}
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """Seals are written once it is set."""
+    opened, write = threading.Event(), sealing.write_seal
+
+    def when_open(*args, **options):
+        assert opened.wait(30)
+        return write(*args, **options)
+
+    monkeypatch.setattr(saving, "write_seal", when_open)
+    yield opened
+    opened.set()
+
+
+def test_the_lock_is_held_until_a_save_is_sealed_whose_checkpointer_is_gone(tmp_path, gate):
+    checkpointer = Checkpointer(tmp_path)
+    checkpointer.save(1, state(1))
+    del checkpointer
+    gc.collect()
+    with Checkpointer(tmp_path) as other:
+        with pytest.raises(CheckpointError, match="another Checkpointer of this process writes there"):
+            other.save(2, state(2))
+        assert list(tmp_path.glob("1*"))  # And nothing was swept away.
+        gate.set()
+        deadline = time.monotonic() + 30
+        while other.latest_step() != 1 or (tmp_path / "writer.lock").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            gc.collect()
+        other.save(2, state(2), wait=True)
+        assert other.all_steps() == [1, 2]
+
+
+def test_a_step_is_not_sealed_nor_an_older_one_deleted_without_the_lock(tmp_path, gate):
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        gate.set()
+        for step in (1, 2):
+            checkpointer.save(step, state(step), wait=True)
+        gate.clear()
+        checkpointer.save(3, state(3))
+        lock = tmp_path / "writer.lock"
+        lock.unlink()
+        lock.write_text(dataclasses.replace(Holder.this_process("new"), host="elsewhere").to_text())
+        gate.set()
+        with pytest.raises(SaveError, match=r"step 3: not saved in .*writer.lock has been taken over by another run"):
+            checkpointer.wait()
+        assert checkpointer.all_steps() == [1, 2]
+        assert (tmp_path / "3").exists()  # It may be the other run's by now.
+        lock.unlink()
+
+
+def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_path, monkeypatch):
+    def full(*_, **__):
+        time.sleep(1)
+        raise OSError(28, "No space left on device")
+
+    with Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(saving, "write_seal", full)
+        checkpointer.save(1, state(1))
+        timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.wait()
+        with pytest.raises(SaveError, match=r"step 1: not saved in .*No space left"):
+            checkpointer.wait()
