@@ -8,10 +8,11 @@ for those of `checkpoint` see checkpoint_cli.
 import argparse
 import contextlib
 import logging
+import math
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from shardadam.launch import LaunchConfig, launch
 from shardadam.trainer.config import ConfigError, TrainConfig, load_config, parse_config
@@ -128,11 +129,20 @@ def _launch(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if not args.program:
         raise ConfigError("launch what? Give a command after `--`, such as: -- train configs/quickstart.yaml")
     own = args.program[0] in _COMMANDS
+    if args.program[0] == "train" and config.stop_grace is None:
+        config = replace(config, stop_grace=_time_to_stop(args.program))
     try:
         return launch([sys.executable, "-m", "shardadam.cli", *args.program] if own else args.program, config)
     except OSError as error:
         known = ", ".join(_COMMANDS)
         raise ConfigError(f"cannot start '{args.program[0]}': {error.strerror}; give {known}, or a program") from None
+
+
+def _time_to_stop(program: Sequence[str]) -> float:
+    """Seconds that the deadlines of `train CONFIG` let a step and the save after it take; raises what `train` would."""
+    args, rest = build_parser().parse_known_args(program)
+    deadlines = read_config("train", args.config, rest).deadlines
+    return (deadlines.step or math.inf) + (deadlines.save or math.inf)
 
 
 def _checkpoint(args: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ from shardadam.process_group import Failure, ProcessGroup, Signals
 
 _USAGE_ERROR = 2
 _MAX_BACKOFF = 300.0
+_STOP_GRACE = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,8 @@ class LaunchConfig:
     """A failure after so many seconds is not in a row with the one before it."""
     grace: float = 5.0
     """Seconds between SIGTERM and SIGKILL for the processes that are left after a failure."""
+    stop_grace: float | None = None
+    """Seconds that processes may take to end when asked; None: `train`'s deadlines of a step and a save, else 600."""
 
     def __post_init__(self) -> None:
         """Raises ValueError where a number is out of range."""
@@ -40,6 +43,7 @@ class LaunchConfig:
             ("processes", self.processes, 1), ("devices-per-process", self.devices_per_process, 1),
             ("max-restarts", self.max_restarts, 0), ("min-processes", self.min_processes, 1),
             ("backoff", self.backoff, 0), ("stable-after", self.stable_after, 0), ("grace", self.grace, 0),
+            ("stop-grace", self.stop_grace, 0),
         ):  # fmt: skip
             if value is not None and value < low:
                 raise ValueError(f"--{name}: got {value}, wanted {low} or more")
@@ -51,7 +55,8 @@ def launch(command: Sequence[str], config: LaunchConfig) -> int:
     """Runs a command in several processes that find each other by `shardadam.runtime.initialize`.
 
     The first failure ends the others, and the group is started anew if `config` says so; except after a usage error
-    (exit code 2), which would only come again. Signals are passed on; after one that asks for the end, nothing starts.
+    (exit code 2), which would only come again. Signals are passed on. After one that asks for the end nothing starts,
+    and what goes on for too long, or is asked once more, is made to end.
 
     Args:
       command: the program and its arguments.
@@ -123,13 +128,14 @@ def process_environment(
 def _run(
     command: Sequence[str], num_processes: int, restarts: int, config: LaunchConfig, signals: Signals
 ) -> Failure | None:
+    stop_grace = _STOP_GRACE if config.stop_grace is None else config.stop_grace
     with _reserved_port() as port:
         base = os.environ | {LAUNCHER: str(os.getpid()), RESTARTS: str(restarts)}
         environments = [
             process_environment(base, index, num_processes, config.devices_per_process, port)
             for index in range(num_processes)
         ]
-        return ProcessGroup(command, environments, grace=config.grace).run(signals)
+        return ProcessGroup(command, environments, grace=config.grace, stop_grace=stop_grace).run(signals)
 
 
 @contextlib.contextmanager

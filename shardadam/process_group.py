@@ -1,7 +1,7 @@
 """A program in several processes on this machine: started, listened to, and ended together."""
 
 import contextlib
-import os
+import math
 import queue
 import signal
 import subprocess
@@ -11,8 +11,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
+from shardadam.process_guard import Guard, end_groups, signal_groups
+
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_INSISTING = (signal.SIGINT, signal.SIGTERM)  # not SIGHUP, which systemd sends along with SIGTERM
 _INTERVAL = 0.05  # seconds
 
 
@@ -21,6 +24,7 @@ class Failure(NamedTuple):
 
     index: int
     code: int  # as Popen has it: negative for a signal
+    why: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -29,7 +33,7 @@ class Failure(NamedTuple):
 
     def __str__(self) -> str:
         how = f"exit code {self.code}" if self.code >= 0 else signal.Signals(-self.code).name
-        return f"process {self.index} ended with {how}"
+        return f"process {self.index} ended with {how}{self.why}"
 
 
 class Signals:
@@ -68,27 +72,39 @@ class Signals:
 class ProcessGroup:
     """One command in several processes. Their lines come out with the process's number in front.
 
+    Whatever ends it, this process's end by SIGKILL too, ends all that they have started, as long as that has stayed in
+    its process's session.
+
     Args:
       command: the program and its arguments.
       environments: one for each process.
       grace: seconds between SIGTERM and SIGKILL for the processes that are left after a failure.
+      stop_grace: seconds that they may take to end after a signal that asks for it.
     """
 
-    def __init__(self, command: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace: float) -> None:
-        self._grace = grace
+    def __init__(
+        self, command: Sequence[str], environments: Sequence[Mapping[str, str]], *, grace: float, stop_grace: float
+    ) -> None:
+        self._grace, self._stop_grace = grace, stop_grace
+        self._due, self._asked = math.inf, False  # when they have to have ended; by SIGINT or SIGTERM
         self._ended: queue.Queue[tuple[int, int]] = queue.Queue()
         self._writing = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._processes: list[subprocess.Popen[bytes]] = []
+        self._guard, self._groups = Guard(grace), set[int]()  # those of which any process is left
         try:
             for environment in environments:
                 self._processes.append(self._start(command, environment))
+                self._groups.add(self._processes[-1].pid)
+                self._guard.watch(self._groups)
         except OSError:
             self._end_all()
             raise
 
     def run(self, signals: Signals) -> Failure | None:
         """Waits for the end of all; after the first failure ends the others. Passes signals on.
+
+        After a second SIGINT or SIGTERM, or `stop_grace` seconds after the first, ends all.
 
         Returns:
           The failure; None if all processes ended with 0.
@@ -101,16 +117,21 @@ class ProcessGroup:
             self._thread(self._await, index, process)
         failure, running = None, len(self._processes)
         try:
-            while running and failure is None:
+            while running and failure is None and time.monotonic() < self._due:
                 self._pass_on(signals)
+                self._forget_ended_groups()
                 with contextlib.suppress(queue.Empty):
                     index, code = self._ended.get(timeout=_INTERVAL)
                     running -= 1
                     failure = Failure(index, code) if code else None
         finally:
             self._end_all()
+        while running and failure is None:
+            index, code = self._ended.get()
+            running -= 1
+            failure = Failure(index, code, "; it was asked to end, and then made to") if code else None
         for thread in self._threads:
-            thread.join(self._grace)  # not forever: a process may have left one behind that keeps its pipe open
+            thread.join(self._grace)  # not forever: what has left the session may keep a pipe open
         return failure
 
     @staticmethod
@@ -128,23 +149,22 @@ class ProcessGroup:
         while (number := signals.take()) is not None:
             for process in self._processes:
                 process.send_signal(number)  # does nothing where the process has ended
+            if number in _ENDING:
+                again = self._asked and number in _INSISTING
+                self._asked = self._asked or number in _INSISTING
+                self._due = min(self._due, time.monotonic() + (0 if again else self._stop_grace))
+
+    def _forget_ended_groups(self) -> None:
+        """So that no signal goes to whoever has got their numbers since."""
+        self._groups = signal_groups(self._groups, 0)
+        self._guard.watch(self._groups)
 
     def _end_all(self) -> None:
-        """SIGTERM, and after the grace SIGKILL, to what is left and to all that it has started itself."""
-        deadline = time.monotonic() + self._grace
-        self._kill(signal.SIGTERM)
-        for process in self._processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(max(deadline - time.monotonic(), 0))
-        self._kill(signal.SIGKILL)
+        """Ends what is left, and all that it has started, and what ended ones have."""
+        end_groups(self._groups, self._grace)
         for process in self._processes:
             process.wait()
-
-    def _kill(self, number: signal.Signals) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                with contextlib.suppress(ProcessLookupError):  # it ended just now
-                    os.killpg(process.pid, number)
+        self._guard.close()
 
     def _thread(self, target: Callable[..., None], *args: Any) -> None:
         thread = threading.Thread(target=target, args=args, daemon=True)

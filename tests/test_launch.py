@@ -1,5 +1,6 @@
 """The launcher on small programs of Python's alone; tests/integration/test_launched_training.py has it train."""
 
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from shardadam.cli import _time_to_stop
 from shardadam.launch import LaunchConfig, fewer_processes, launch, process_environment
+from shardadam.trainer.config import ConfigError
 
 ROOT = Path(__file__).parents[1]
 INDEX = "index = int(os.environ['JAX_PROCESS_ID'])"
@@ -32,6 +35,18 @@ def finished(code, *options, **environment):
     process = started(code, *options, **environment)
     out, err = process.communicate(timeout=60)
     return process.returncode, out, err
+
+
+def is_gone(process, within=5):
+    """Or its new parent has not taken note of its end yet. What was killed takes a moment to go."""
+    deadline = time.monotonic() + within
+    while True:
+        state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout
+        if state[:1] in ("", "Z"):
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
 
 
 def test_each_process_is_told_who_it_is_and_speaks_under_its_number():
@@ -85,8 +100,7 @@ def test_the_first_failure_ends_the_others_and_its_code_is_kept(end, wanted, sai
     assert (code, time.monotonic() - began < 30) == (wanted, True)
     assert said in err
     (child,) = {line.split()[-1] for line in out.splitlines() if "child" in line}
-    state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True).stdout
-    assert state[:1] in ("", "Z")  # gone, or its new parent has not taken note yet
+    assert is_gone(child)
 
 
 def test_a_group_is_started_again_until_it_is_through():
@@ -135,6 +149,74 @@ def test_signals_are_passed_on_and_end_the_restarts(number, again, wanted):
     assert process.returncode == wanted
     if not again:
         assert sorted(out.split("\n"))[1:] == [f"[{index}] got {number.name} 1" for index in (0, 1)]
+
+
+STUBBORN = """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+    child = os.fork()
+    if child: print('child', os.getpid(), child, flush=True)
+    time.sleep(100)
+"""
+
+
+def told(process, lines):
+    """The numbers at the ends of so many lines of the launcher's."""
+    return [int(number) for _ in range(lines) for number in process.stdout.readline().split("child")[1].split()]
+
+
+@pytest.mark.parametrize(
+    ("number", "times", "options"),
+    [
+        (signal.SIGTERM, 1, ["--stop-grace", "0.5"]),
+        (signal.SIGHUP, 1, ["--stop-grace", "0.5"]),
+        (signal.SIGINT, 2, []),  # the second does not wait for the ten minutes
+    ],
+)
+def test_what_does_not_end_when_it_is_asked_to_is_made_to(number, times, options):
+    process = started(STUBBORN, "--processes", "2", "--grace", "0.3", "--max-restarts", "2", *options)
+    family = told(process, 2)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.2)  # signals do not queue
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGKILL
+    assert "ended with SIGKILL; it was asked to end, and then made to" in err
+    assert "restart" not in err
+    assert [is_gone(one) for one in family] == [True] * 4
+
+
+def test_what_has_not_been_given_time_has_as_long_as_a_step_and_a_save_may_take():
+    quickstart = ["train", str(ROOT / "configs/quickstart.yaml")]
+    assert _time_to_stop(quickstart) == 600 + 3600
+    assert _time_to_stop([*quickstart, "--deadlines.save", "20"]) == 620
+    assert _time_to_stop([*quickstart, "--deadlines.save", "0"]) == math.inf
+    with pytest.raises(ConfigError, match="which config"):
+        _time_to_stop(["train"])
+
+
+def test_nothing_is_left_of_what_ended_processes_have_started():
+    """Of one that ended well before the others, and of one that failed, at each start."""
+    code, out, _ = finished(
+        """
+        if not (child := os.fork()): time.sleep(100)
+        print('child', child, flush=True)
+        time.sleep(index * 0.7)
+        sys.exit(7 if index == 1 else 0)
+        """,
+        "--processes", "2", "--grace", "0.5", "--max-restarts", "1", "--backoff", "0",
+    )  # fmt: skip
+    assert code == 7
+    children = [int(line.split("child")[1]) for line in out.splitlines() if "child" in line]
+    assert [is_gone(child) for child in children] == [True] * 4
+
+
+def test_the_end_of_a_killed_launcher_is_that_of_its_processes():
+    """Without a watchdog of theirs, and though they do not listen."""
+    process = started(STUBBORN, "--processes", "2", "--grace", "0.3")
+    family = told(process, 2)
+    process.kill()
+    process.communicate(timeout=20)  # until nobody has its pipes any more
+    assert [is_gone(one) for one in family] == [True] * 4
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,13 @@ SPOKEN = inspect.signature(subprocess.Popen._execute_child)
 
 
 class Forked(subprocess.Popen):
-    """A Popen that forks, and runs `shardadam` with the arguments after the program's path."""
+    """A Popen that forks for `train`, and runs `shardadam` with the arguments after the program's path."""
 
     def _execute_child(self, *arguments):
         given = SPOKEN.bind(self, *arguments).arguments
+        if "train" not in given["args"]:
+            super()._execute_child(*arguments)
+            return
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         sys.stdout.flush()
         sys.stderr.flush()
