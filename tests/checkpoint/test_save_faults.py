@@ -45,6 +45,7 @@ def disk(tmp_path):
 
 @contextlib.contextmanager
 def full(directory):
+    """A `disk`."""
     yield "No space left on device (ENOSPC)"
 
 
@@ -56,6 +57,21 @@ def over_the_limit(directory):
         yield "File too large (EFBIG)"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextlib.contextmanager
+def over_the_quota(directory):
+    """As a network's file system tells it: writes are taken, and refused when they are to be on the disk."""
+    fsync = os.fsync
+
+    def refuse(file):
+        if os.readlink(f"/proc/self/fd/{file}").startswith(f"{directory}/2/"):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+        fsync(file)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        yield "Disk quota exceeded (EDQUOT)"
 
 
 @contextlib.contextmanager
@@ -76,7 +92,8 @@ def gone(directory):
     away.rename(directory)
 
 
-FAULTS = [full, over_the_limit, read_only, gone]
+FAULTS = [full, over_the_limit, over_the_quota, read_only, gone]
+NEED_A_DISK = [full, read_only]
 
 
 def at_the_next_step(checkpointer):
@@ -88,8 +105,8 @@ def at_the_next_step(checkpointer):
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("on_error", ["raise", "warn"])
-def test_a_fault_of_the_disk(disk, fault, on_error, caplog):
-    directory = disk / "steps"
+def test_a_fault_of_the_disk(request, tmp_path, fault, on_error, caplog):
+    directory = (request.getfixturevalue("disk") if fault in NEED_A_DISK else tmp_path) / "steps"
     with Checkpointer(directory, on_error=on_error) as checkpointer:
         checkpointer.save(1, SMALL, wait=True)
         with fault(directory) as told:
@@ -121,15 +138,16 @@ def test_a_fault_of_the_disk(disk, fault, on_error, caplog):
     np.testing.assert_array_equal(Checkpointer(directory).restore(SMALL)["x"], SMALL["x"])
 
 
-def test_close_raises_what_was_only_warned_of(disk):
-    checkpointer = Checkpointer(disk / "steps", on_error="warn")
-    checkpointer.save(1, SMALL)
-    checkpointer.save(2, BIG)
-    checkpointer.wait()
+def test_close_raises_what_was_only_warned_of(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "steps", on_error="warn")
+    checkpointer.save(1, SMALL, wait=True)
+    with over_the_limit(tmp_path):
+        checkpointer.save(2, BIG)
+        checkpointer.wait()
     with pytest.raises(SaveError, match="step 2: not saved"):
         checkpointer.close()
     checkpointer.close()
-    assert not list((disk / "steps").glob("*tmp*"))
+    assert not list((tmp_path / "steps").glob("*tmp*"))
 
 
 def test_a_refusal_is_no_fault_of_the_disk(tmp_path):
