@@ -84,6 +84,7 @@ def value_and_grad(
     )
 
     def run(params: Any, batch: Any, *args: Any, loss_scale: Any = None) -> tuple[Any, Any]:
+        check_reduction(plan.mesh, None)  # Again: the mesh may have been set since.
         check_batch(batch, region.num_devices, num_microbatches)
         blocks = _block_specs(params, plan, region)
         params, specs = _enter(params, plan, region, in_shards)
@@ -129,6 +130,7 @@ def total_and_weight(
         return jax.lax.psum((total, weight), region.manual)
 
     def run(params: Any, batch: Any, *args: Any) -> tuple[jax.Array, jax.Array]:
+        check_reduction(plan.mesh, None)
         check_batch(batch, region.num_devices, 1)
         params, specs = _enter(params, plan, region, stage == 3)
         return jax.shard_map(

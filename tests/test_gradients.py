@@ -1,5 +1,6 @@
 """Gradients end as shards: equal to jax.value_and_grad of one device, with one reduce-scatter per leaf and no more."""
 
+import functools
 import re
 
 import jax
@@ -176,5 +177,10 @@ def test_a_stacked_leaf_that_is_not_gathered_says_so(kind, data_mesh):
 
 def test_a_plan_without_devices_is_refused_where_there_are_some(data_mesh):
     plan = shardadam.make_plan({"w": jax.ShapeDtypeStruct((16, 64), jnp.float32)}, {"data": 8})
-    with jax.set_mesh(data_mesh), pytest.raises(ValueError, match=r"plan: made without devices, for \{'data': 8\}"):
-        shardadam.value_and_grad(mean_loss, plan)
+    before = shardadam.value_and_grad(mean_loss, plan), shardadam.total_and_weight(mean_loss, plan)
+    params, batch = {"w": np.ones((16, 64), np.float32)}, np.ones((8, 16), np.float32)
+    calls = [functools.partial(shardadam.value_and_grad, mean_loss, plan)]
+    calls += [functools.partial(f, params, batch) for f in before]
+    for call in calls:
+        with jax.set_mesh(data_mesh), pytest.raises(ValueError, match=r"plan: made without devices, for \{'data': 8\}"):
+            call()
