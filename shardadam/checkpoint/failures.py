@@ -15,7 +15,8 @@ from typing import NoReturn
 from etils import epath
 
 from shardadam.checkpoint.errors import ElsewhereError, NotFiniteError, SaveError, errno_of
-from shardadam.checkpoint.steps import Steps, is_local, short
+from shardadam.checkpoint.files import is_local
+from shardadam.checkpoint.steps import Steps, short
 
 _REMEDIES = {
     errno.ENOSPC: "Free some space there, or keep fewer steps",

@@ -16,9 +16,10 @@ from typing import NamedTuple, Self
 import jax
 from etils import epath
 
+from shardadam.checkpoint.files import is_local, sync_file
 from shardadam.checkpoint.reading import STATE
 from shardadam.checkpoint.seal import SealedFile
-from shardadam.checkpoint.steps import PARTIAL, is_local, sync_file
+from shardadam.checkpoint.steps import PARTIAL
 from shardadam.checkpoint.together import on_every_process
 
 _THREADS = 4  # hashlib gives the GIL back while it hashes.

@@ -13,11 +13,12 @@ from etils import epath
 
 from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.files import existing
 from shardadam.checkpoint.forms import leaves, take_apart
 from shardadam.checkpoint.logical import is_key
 from shardadam.checkpoint.sealing import list_files
 from shardadam.checkpoint.source import find
-from shardadam.checkpoint.steps import Steps, existing
+from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import Leaf, digest_of, read
 from shardadam.checkpoint.upkeep import seal_or_fault
 

@@ -18,10 +18,11 @@ from etils import epath
 
 from shardadam.checkpoint.digest import Started, finish
 from shardadam.checkpoint.errors import CheckpointError, NotFiniteError
+from shardadam.checkpoint.files import is_local, sync_directory
 from shardadam.checkpoint.hashing import HashedAhead, hash_together
 from shardadam.checkpoint.logical import Slot
 from shardadam.checkpoint.seal import Seal, SealedLeaf
-from shardadam.checkpoint.steps import Steps, is_local, sync_directory
+from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.together import on_process_zero
 
 _PACKAGES = ("jax", "jaxlib", "orbax-checkpoint", "tensorstore", "optax", "numpy", "shardadam")

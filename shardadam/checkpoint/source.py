@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.steps import Steps, existing
+from shardadam.checkpoint.files import existing
+from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import Leaf, item_tree
 
 _TREE_FILE = "_METADATA"  # What Orbax writes beside every tree.

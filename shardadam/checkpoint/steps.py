@@ -7,12 +7,10 @@ DIRECTORY/trash/              what is being deleted
 """
 
 import contextlib
-import errno
 import itertools
 import logging
 import os
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Sequence
@@ -22,10 +20,10 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.files import is_local, read_small, sync_directory, write_durably
 from shardadam.checkpoint.seal import Seal
 
 SEALS, DAMAGED, TRASH = "seals", "damaged", "trash"
-_MOST_BYTES = 2**28  # Of a seal: a thousand times that of a model with a thousand leaves.
 PARTIAL = ".orbax-checkpoint-tmp"  # In the names of what Orbax has not committed.
 
 _made = itertools.count()  # Alike in all processes, which make the same Checkpointers in the same order.
@@ -89,7 +87,7 @@ class Steps:
           OSError: it is there, and cannot be read.
         """
         try:
-            text = _read_small(self.seal_path(step))
+            text = read_small(self.seal_path(step))
         except FileNotFoundError:
             raise CheckpointError("there is no seal") from None
         seal = Seal.from_text(text.decode(errors="replace"))
@@ -245,74 +243,6 @@ def short(steps: Sequence[int]) -> str:
     if len(steps) > 8:
         return f"{len(steps)} steps, the last {', '.join(map(str, steps[-4:]))}"
     return ("steps " + ", ".join(map(str, steps))) if steps else "no steps"
-
-
-def write_durably(path: epath.Path, text: str) -> None:
-    """Writes a small file: whole or not at all, and on the disk when this returns."""
-    if not is_local(path):
-        path.write_text(text)  # An object store has neither half objects nor directories.
-        return
-    draft = f"{os.fspath(path)}.{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(draft)
-    sync_directory(path.parent)
-
-
-def _read_small(path: epath.Path) -> bytes:
-    """What is in a file of no more than `_MOST_BYTES`, that leads nowhere else.
-
-    Raises:
-      CheckpointError: it is a link, a pipe or a device, or larger.
-    """
-    if not is_local(path):
-        return path.read_bytes()
-    try:
-        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
-            raise CheckpointError(f"{path}: is a symbolic link or no regular file") from None
-        raise
-    with open(file, "rb") as opened:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
-            raise CheckpointError(f"{path}: is no regular file, or larger than any seal: {status.st_size:,} bytes")
-        return opened.read(_MOST_BYTES)
-
-
-def sync_file(path: epath.Path) -> None:
-    """Makes what was written to a file survive a loss of power."""
-    if is_local(path):
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def sync_directory(path: epath.Path) -> None:
-    """Makes the names in a directory survive a loss of power."""
-    if is_local(path):
-        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
-
-
-def existing(path: epath.Path) -> epath.Path:
-    """The path, of a directory that is there; raises FileNotFoundError where it is not."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such directory")
-    return path
-
-
-def is_local(path: epath.Path) -> bool:
-    """Whether a path is a file system's, and not an object store's."""
-    return "://" not in os.fspath(path)
 
 
 def _move(source: epath.Path, target: epath.Path) -> None:

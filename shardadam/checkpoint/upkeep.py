@@ -8,8 +8,9 @@ from etils import epath
 from shardadam.checkpoint.checkpointer import Checkpointer
 from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.files import existing
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.steps import Steps, existing, remove_retired, retire_old, to_delete
+from shardadam.checkpoint.steps import Steps, remove_retired, retire_old, to_delete
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
 
 
