@@ -90,12 +90,12 @@ def test_a_seal_holds_what_is_on_the_disk(tmp_path, monkeypatch, written):
         begun(entered.get(timeout=20), sum(size >= 2**14 for size in sizes))
         finalize(self, directory)
 
-    def with_a_change(steps, draft, ahead):
+    def with_a_change(steps, draft, ahead, **options):
         data = max((tmp_path / "1").rglob("d/*"), key=lambda path: path.stat().st_size)
         with open(data, "r+b") as file:
             file.write(written)
         monkeypatch.setattr(hashing, "hash_file", lambda path: read.append(path) or hash_file(path))
-        return write_seal(steps, draft, ahead)
+        return write_seal(steps, draft, ahead, **options)
 
     monkeypatch.setattr(HashedAhead, "__enter__", known)
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", slow)

@@ -59,7 +59,9 @@ def test_what_it_says(tmp_path):
 
 def test_a_step_is_saved_once_it_is_sealed_and_without_being_waited_for(tmp_path, monkeypatch):
     gate, write = threading.Event(), sealing.write_seal
-    monkeypatch.setattr("shardadam.checkpoint.saving.write_seal", lambda *args: gate.wait(20) and write(*args))
+    monkeypatch.setattr(
+        "shardadam.checkpoint.saving.write_seal", lambda *args, **options: gate.wait(20) and write(*args, **options)
+    )
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": jnp.ones(3)})
         deadline = time.monotonic() + 20

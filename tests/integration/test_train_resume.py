@@ -253,10 +253,10 @@ def test_a_checkpoint_that_cannot_be_saved(tiny, monkeypatch, on_save_error, las
     config = tiny(steps=STEPS, save_every=2, log_every=1, on_save_error=on_save_error)
     write_seal = saving.write_seal
 
-    def disk_full(steps, seal, ahead):
+    def disk_full(steps, seal, ahead, **options):
         if seal.step == 4:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return write_seal(steps, seal, ahead)
+        return write_seal(steps, seal, ahead, **options)
 
     monkeypatch.setattr(saving, "write_seal", disk_full)
     # Each step waits until it is known how the save has ended.
