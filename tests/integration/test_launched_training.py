@@ -1,11 +1,13 @@
 """`shardadam launch -- train` for real: as one process trains, and to the same bits whatever happens on the way."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from launched import DEADLINES, assert_close, final_state, launched
 from tiny import tiny_raw
+from torture import Torture
 from trees import assert_same_bits
 
 from shardadam import Checkpointer
@@ -116,3 +118,12 @@ def test_it_ends_as_if_nothing_had_happened(undisturbed, cache, tmp_path):
     assert last == STEPS
     assert_same_bits(state, wanted)
     assert losses(run_directory(parse_config(config))) == losses(run_directory(parse_config(whole)))
+
+
+def test_a_run_of_the_torture(undisturbed, cache, tmp_path):
+    """`scripts/torture`, once, where its dealer draws an error in a save; its processes are forks, as all here."""
+    whole, _ = undisturbed
+    torture = Torture(tmp_path, random.Random(52), whole, cache, devices={2: 2}, program="preloaded")
+    torture.undisturbed[2] = torture.end(whole)
+    (fault,) = torture.run(2, fewer=False)  # which compares the bits
+    assert (fault["how"], fault["what"], torture.restarts) == ("error", "save", {("error", "save"): 1})

@@ -38,37 +38,40 @@ FOR_A_START = 180
 
 
 class Torture:
-    """Disturbs runs that go on from one checkpoint, and compares how they end."""
+    """Disturbs runs of a config that go on from one checkpoint, if there is one, and compares how they end.
 
-    def __init__(self, directory, rng):
+    Args:
+      directory: for all of it.
+      rng: deals the faults.
+      base: the config, whose `runs_dir` each run replaces.
+      cache: a directory for compiled programs.
+      devices: how many there are in all, by processes.
+      program: see `launched`.
+    """
+
+    def __init__(self, directory, rng, base, cache, *, devices=DEVICES, program="faulty"):
         self.directory, self.rng, self.dealer = directory, rng, Dealer(rng)
-        self.cache, self.begun, self.undisturbed = directory / "compiled", directory / "begun", {}
+        self.base, self.cache, self.devices, self.program = base, cache, devices, program
+        self.begun, self.undisturbed = directory / "begun", {}
         self.faults, self.restarts = Counter(), Counter()
-        self.base = tiny_raw(
-            directory / "disturbed",
-            steps=STEPS,
-            save_every=SAVE_EVERY,
-            log_every=2,
-            batch_size=12,
-            mesh="data=-1",  # of as many devices as there are when fewer processes go on
-        )
-        # So that there is something to restore at once.
-        config = self.base | {"runs_dir": str(self.begun), "steps": SAVE_EVERY}
-        assert self._launch(config, 2).returncode == 0
+
+    def begin(self, steps):
+        """Trains so far, so that there is something to restore at once."""
+        assert self._launch(self.base | {"runs_dir": str(self.begun), "steps": steps}, 2).returncode == 0
 
     def ended(self, processes):
         """How a run ends that nothing disturbs; one for each number of processes, whose sums have their own order."""
         if processes not in self.undisturbed:
             config = self._config("undisturbed", processes)
             assert self._launch(config, processes).returncode == 0
-            self.undisturbed[processes] = self._end(config)
+            self.undisturbed[processes] = self.end(config)
         return self.undisturbed[processes]
 
     def run(self, processes, *, fewer):
         """Disturbs one run and compares; returns what has happened."""
         config = self._config("disturbed", processes) | {"deadlines": DEADLINES}
         faults = self._disturb(config, processes, *(("--min-processes", "1") if fewer else ()))
-        (state, losses), (wanted, wanted_losses) = self._end(config), self.ended(processes)
+        (state, losses), (wanted, wanted_losses) = self.end(config), self.ended(processes)
         (assert_close if fewer else assert_same_bits)(state, wanted)
         np.testing.assert_allclose(losses, wanted_losses, rtol=1e-3 if fewer else 0)
         return faults
@@ -98,9 +101,9 @@ class Torture:
             self.cache,
             *options,
             processes=processes,
-            devices=DEVICES[processes],
+            devices=self.devices[processes],
             faults=faults,
-            program="faulty",
+            program=self.program,
             timeout=FOR_A_START * (1 + len(faults)) + slow,
         )  # fmt: skip; it asserts that all of the faults have happened
 
@@ -119,12 +122,14 @@ class Torture:
     def _config(self, name, processes):
         directory = self.directory / name / str(processes)
         shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(self.begun, directory)
+        if self.begun.exists():
+            shutil.copytree(self.begun, directory)
         return self.base | {"runs_dir": str(directory)}
 
-    def _end(self, config):
+    def end(self, config):
+        """(The state that a run has ended with, its losses)."""
         step, state = final_state(config)
-        assert step == STEPS
+        assert step == config["steps"]
         return state, [r["loss"] for r in read_metrics(run_directory(parse_config(config))) if "loss" in r]
 
     def table(self):
@@ -161,7 +166,16 @@ def main():
     rng, runs, began = random.Random(args.seed), Counter(), time.monotonic()
     print(f"{environment()}\nseed {args.seed}", flush=True)
     with tempfile.TemporaryDirectory(prefix="shardadam-torture-") as directory:
-        torture = Torture(Path(directory), rng)
+        config = tiny_raw(
+            directory,
+            steps=STEPS,
+            save_every=SAVE_EVERY,
+            log_every=2,
+            batch_size=12,
+            mesh="data=-1",  # of as many devices as there are when fewer processes go on
+        )
+        torture = Torture(Path(directory), rng, config, Path(directory) / "compiled")
+        torture.begin(SAVE_EVERY)
         while time.monotonic() - began < 60 * args.minutes:
             processes, fewer = rng.choice((2, 2, 3, 4)), rng.random() < 0.2
             try:
