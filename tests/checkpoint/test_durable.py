@@ -123,7 +123,8 @@ def test_a_damaged_step_is_moved_aside_durably(recorder):
         checkpointer.restore({"x": jnp.ones(3)})
         (damage,) = checkpointer.damaged
     step, seal = (recorder.index("rename", path) for path in (damage.moved_to, f"{damage.moved_to}.json"))
-    assert step < seal
-    assert recorder.calls[recorder.index("rename", f"{damage.moved_to}.txt")].source in recorder.synced()
+    why = recorder.index("rename", f"{damage.moved_to}.txt")
+    assert step < seal < why
     assert {str(recorder.root), str(recorder.root / "damaged")} <= recorder.synced(step, seal)
-    assert {str(recorder.root / "seals"), str(recorder.root / "damaged")} <= recorder.synced(seal)
+    assert {str(recorder.root / "seals"), str(recorder.root / "damaged")} <= recorder.synced(seal, why)
+    assert recorder.calls[why].source in recorder.synced(seal, why)
