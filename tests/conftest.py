@@ -1,6 +1,10 @@
 """Eight simulated CPU devices, strict dtype promotion, warnings as errors: set before JAX starts its backend."""
 
+import contextlib
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -37,3 +41,24 @@ def standard_promotion():
     """For tests whose oracle is optax, whose float ** int cannot run under strict promotion."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def open_place():
+    """A directory that any user may go into, unlike pytest's."""
+    path = Path(tempfile.mkdtemp(prefix="shardadam-test-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@contextlib.contextmanager
+def no_root():
+    """As another user than root, who may read and write all."""
+    own = os.geteuid()
+    if own == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(own)

@@ -29,7 +29,11 @@ def writer(directory: epath.Path, commit: Commit, *, compress: bool) -> ocp.Chec
         reading.STATE: commit.watch(ocp.PyTreeCheckpointHandler(use_compression=compress)),
         reading.EXTRA: commit.watch(ocp.JsonCheckpointHandler()),
     }
-    options = ocp.CheckpointManagerOptions(async_options=ocp.AsyncOptions(barrier_sync_fn=commit.barrier))
+    # Directories are made before `save` returns: where they cannot be, Orbax's threads would wait for them for ever,
+    # and the process would not end.
+    options = ocp.CheckpointManagerOptions(
+        async_options=ocp.AsyncOptions(barrier_sync_fn=commit.barrier, create_directories_asynchronously=False)
+    )
     return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
 
 

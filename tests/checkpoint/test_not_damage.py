@@ -1,12 +1,8 @@
 """What looks like damage and is none: a step that may not be read, is deleted meanwhile, or was sealed just now."""
 
-import os
-import shutil
-import tempfile
-from pathlib import Path
-
 import jax.numpy as jnp
 import pytest
+from conftest import no_root
 
 from shardadam.checkpoint import Checkpointer, reading, restoring
 from shardadam.checkpoint.steps import Steps
@@ -16,15 +12,6 @@ def state(value):
     return {"x": jnp.full((8, 4), value, jnp.float32)}
 
 
-@pytest.fixture
-def open_place():
-    """A directory that any user may go into, unlike pytest's."""
-    path = Path(tempfile.mkdtemp(prefix="shardadam-test-"))
-    path.chmod(0o777)
-    yield path
-    shutil.rmtree(path)
-
-
 @pytest.mark.parametrize("what", ["a file of it", "its seal"])
 def test_a_step_that_may_not_be_read_is_left_where_it_is(open_place, what):
     with Checkpointer(open_place) as checkpointer:
@@ -32,14 +19,8 @@ def test_a_step_that_may_not_be_read_is_left_where_it_is(open_place, what):
             checkpointer.save(step, state(step), wait=True)
         closed = open_place / "seals/2.json" if what == "its seal" else next(open_place.glob("2/**/manifest.ocdbt"))
         closed.chmod(0)
-        own = os.geteuid()
-        if own == 0:  # Root reads all.
-            os.seteuid(65534)
-        try:
-            with pytest.raises(PermissionError) as caught:
-                checkpointer.restore(state(0))
-        finally:
-            os.seteuid(own)
+        with no_root(), pytest.raises(PermissionError) as caught:
+            checkpointer.restore(state(0))
         assert "Step 2 of" in caught.value.__notes__[-1]
         assert "nothing was moved" in caught.value.__notes__[-1]
         assert not (open_place / "damaged").exists()

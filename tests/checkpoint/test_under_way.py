@@ -9,6 +9,7 @@ import time
 
 import jax.numpy as jnp
 import pytest
+from conftest import no_root
 
 from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, saving, sealing
 from shardadam.checkpoint.holder import Holder
@@ -83,3 +84,20 @@ def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_pa
             checkpointer.wait()
         with pytest.raises(SaveError, match=r"step 1: not saved in .*No space left"):
             checkpointer.wait()
+
+
+def test_a_save_that_cannot_begin_leaves_nothing_that_waits(open_place):
+    """Threads of Orbax's, which waited for directories that could not be made, kept a process from its end."""
+    with Checkpointer(open_place) as checkpointer:
+        checkpointer.save(1, state(1), wait=True)
+        before = threading.enumerate()
+        open_place.chmod(0o555)
+        with no_root(), pytest.raises(SaveError, match=r"step 2: not saved in .*Permission denied"):
+            checkpointer.save(2, state(2), wait=True)
+        open_place.chmod(0o777)
+        deadline = time.monotonic() + 20
+        while left := [t for t in threading.enumerate() if t not in before and not t.daemon]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+        checkpointer.save(3, state(3), wait=True)
+        assert checkpointer.all_steps() == [1, 3]
