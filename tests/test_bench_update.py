@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from shardadam.layout import choose_lanes, num_rows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,6 +44,7 @@ def moments(shape, shards, name):
     return 8 * size // shards
 
 
+@pytest.mark.slow
 def test_what_is_exact_in_a_report_is_right(tmp_path):
     """One test, as every worker that had a part of it would run the benchmark anew."""
     cases = run_small(tmp_path / "update.json")

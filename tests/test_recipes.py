@@ -120,6 +120,7 @@ def test_xpks_command(stand_in):
     assert "--command=shardadam train /configs/a.yaml --name run-1 --mesh data=-1 --steps 9" in out.splitlines()
 
 
+@pytest.mark.slow
 def test_what_ray_runs_in_each_process(tmp_path):
     recipe = runpy.run_path(str(RECIPES / "ray_train.py"))
     path = tmp_path / "a.yaml"

@@ -245,6 +245,7 @@ def test_the_commands_of_the_documentation_run(tmp_path, monkeypatch, capsys):
     assert "kept: 500" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_no_more_is_in_memory_than_a_few_copies_of_a_leaf(tmp_path):
     """On one device: a checkpoint of three times the size takes hardly more than the small one did."""
     rng = np.random.default_rng(0)

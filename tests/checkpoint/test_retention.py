@@ -91,6 +91,7 @@ with Checkpointer(sys.argv[1], max_to_keep=2) as checkpointer:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_of_saving_what_was_saved_is_there(tmp_path):
     rng, acknowledged = random.Random(5), 0
     for _ in range(2):

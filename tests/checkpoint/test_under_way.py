@@ -71,8 +71,10 @@ def test_a_step_is_not_sealed_nor_an_older_one_deleted_without_the_lock(tmp_path
 
 
 def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_path, monkeypatch):
+    interrupted = threading.Event()
+
     def full(*_, **__):
-        time.sleep(1)
+        assert interrupted.wait(30)
         raise OSError(28, "No space left on device")
 
     with Checkpointer(tmp_path) as checkpointer:
@@ -82,6 +84,7 @@ def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_pa
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             checkpointer.wait()
+        interrupted.set()
         with pytest.raises(SaveError, match=r"step 1: not saved in .*No space left"):
             checkpointer.wait()
 

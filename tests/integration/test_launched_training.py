@@ -16,6 +16,8 @@ from shardadam.trainer.config import parse_config
 from shardadam.trainer.metrics import read_metrics
 from shardadam.trainer.run_dir import run_directory
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 # Few devices: what costs is starting processes. test_processes.py has eight.
 DEVICES = {"devices": 2}

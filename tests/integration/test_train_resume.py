@@ -136,6 +136,7 @@ def test_at_the_last_step_already(uninterrupted, caplog):
     assert_same_bits(again.state, whole.state)
 
 
+@pytest.mark.slow
 def test_stage_three_with_masters_resumes_and_goes_on_without(uninterrupted, tiny):
     config, _ = uninterrupted
     options = {
@@ -175,6 +176,7 @@ def test_goes_on_on_another_mesh(uninterrupted, mesh):
     assert len(set(jax.tree.leaves(moved.params)[0].devices())) == like.plan.mesh.size
 
 
+@pytest.mark.slow
 def test_tensor_parallel_training_follows_data_parallel(uninterrupted, tiny):
     config, _ = uninterrupted
     result = train(tiny(steps=4, mesh="data=4,model=2"))

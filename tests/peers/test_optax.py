@@ -4,6 +4,8 @@ import optax
 import pytest
 from peers_run import expected, judge, run, uses, uses_version, went_through
 
+pytestmark = pytest.mark.slow
+
 FILES = ("alias_test", "combine_test", "_state_utils_test", "_inject_test", "sharding_test")
 SLOW = ("test_optimization", "test_state_shape_dtype_shard_stability")  # ten thousand steps; minutes of compiling
 
