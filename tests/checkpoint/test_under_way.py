@@ -70,7 +70,15 @@ def test_a_step_is_not_sealed_nor_an_older_one_deleted_without_the_lock(tmp_path
         lock.unlink()
 
 
-def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_path, monkeypatch):
+@pytest.fixture
+def interruptible():
+    """SIGINT interrupts, also in the processes of pytest-xdist, which ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_a_save_fails_with_is_told_after_a_wait_that_was_interrupted(tmp_path, monkeypatch, interruptible):
     interrupted = threading.Event()
 
     def full(*_, **__):
