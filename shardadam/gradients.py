@@ -23,7 +23,7 @@ from shardadam.layout import LeafPlan, entries
 from shardadam.plan import Plan
 from shardadam.precision import widest
 from shardadam.sharding import map_leaves
-from shardadam.validation import check_batch, check_choice, check_count, check_reduction
+from shardadam.validation import check_batch, check_choice, check_count, check_devices, check_reduce_dtype
 
 
 def value_and_grad(
@@ -69,7 +69,8 @@ def value_and_grad(
     check_count("num_microbatches", num_microbatches)
     check_choice("accumulate", accumulate, ("shards", "local"))
     check_choice("collective", collective, ("joint", "per_axis", "auto"))
-    check_reduction(plan.mesh, reduce_dtype)
+    check_reduce_dtype(reduce_dtype)
+    check_devices(plan.mesh)
     region = region_of(plan, collective, reduce_dtype)
     in_shards = stage == 3
     local = functools.partial(
@@ -84,7 +85,7 @@ def value_and_grad(
     )
 
     def run(params: Any, batch: Any, *args: Any, loss_scale: Any = None) -> tuple[Any, Any]:
-        check_reduction(plan.mesh, None)  # Again: the mesh may have been set since.
+        check_devices(plan.mesh)  # Again: the mesh may have been set since.
         check_batch(batch, region.num_devices, num_microbatches)
         blocks = _block_specs(params, plan, region)
         params, specs = _enter(params, plan, region, in_shards)
@@ -130,7 +131,7 @@ def total_and_weight(
         return jax.lax.psum((total, weight), region.manual)
 
     def run(params: Any, batch: Any, *args: Any) -> tuple[jax.Array, jax.Array]:
-        check_reduction(plan.mesh, None)
+        check_devices(plan.mesh)
         check_batch(batch, region.num_devices, 1)
         params, specs = _enter(params, plan, region, stage == 3)
         return jax.shard_map(

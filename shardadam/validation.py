@@ -32,14 +32,14 @@ def check_scale(name: str, got: Any) -> None:
         raise ValueError(f"{name}: got {got!r}, wanted a number above 0 that is finite in float32, 'dynamic' or None")
 
 
-def check_reduction(mesh: Mesh | AbstractMesh, reduce_dtype: Any) -> None:
-    """Refuses a dtype that rounds gradients to integers, and a mesh without devices where the current one has them.
-
-    Raises:
-      ValueError: names the option.
-    """
+def check_reduce_dtype(reduce_dtype: Any) -> None:
+    """Refuses a dtype that rounds gradients to integers."""
     if reduce_dtype is not None and not jnp.issubdtype(reduce_dtype, jnp.floating):
         raise ValueError(f"reduce_dtype: got {reduce_dtype!r}, wanted a floating dtype such as jnp.bfloat16, or None")
+
+
+def check_devices(mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a plan's mesh without devices where the current one has them."""
     current = jax.sharding.get_abstract_mesh()
     if isinstance(mesh, AbstractMesh) and not current.empty and current != mesh:
         raise ValueError(
