@@ -142,7 +142,10 @@ class Steps:
         for record in records:
             self._empty(record)
         for left in trash.iterdir():
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.suffix != ".json":  # A record has come since, whose step is still to go: the next time.
+                left.unlink(missing_ok=True)
 
     def _folder(self, name: str) -> epath.Path:
         """One of the three directories beside the steps.

@@ -117,19 +117,40 @@ def test_killed_at_random_moments_of_saving_what_was_saved_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("moment", ["sealed but listed", "renamed", "emptied"])
-def test_a_deletion_that_was_cut_short_is_ended_by_the_next_save(tmp_path, monkeypatch, moment):
+def test_a_deletion_that_was_cut_short_is_ended_by_the_next_save(tmp_path, moment):
     with Checkpointer(tmp_path) as checkpointer:
         for step in (1, 2, 3):
-            checkpointer.save(step, state_of(step), wait=True)
-        steps, trash = Steps(checkpointer.directory), tmp_path / "trash"
-        trash.mkdir()
-        steps.seal_path(1).rename(trash / "1-abc.json")
-        if moment != "sealed but listed":
-            steps.path(1).rename(trash / "1-abc")
-        if moment == "emptied":
-            (trash / "1-abc" / "state" / "manifest.ocdbt").unlink()
+            checkpointer.save(step, state_of(step))
+    steps, trash = Steps(checkpointer.directory), tmp_path / "trash"
+    trash.mkdir()
+    steps.seal_path(1).rename(trash / "1-abc.json")
+    if moment != "sealed but listed":
+        steps.path(1).rename(trash / "1-abc")
+    if moment == "emptied":
+        (trash / "1-abc" / "state" / "manifest.ocdbt").unlink()
+    with Checkpointer(tmp_path) as checkpointer:
         assert checkpointer.all_steps() == [2, 3]
         checkpointer.save(4, state_of(4), wait=True)
         assert checkpointer.all_steps() == [2, 3, 4]
     assert not (tmp_path / "1").exists()
     assert list(trash.iterdir()) == []
+
+
+def test_a_step_that_is_retired_while_others_are_removed_goes_the_next_time(tmp_path, monkeypatch):
+    with Checkpointer(tmp_path) as checkpointer:
+        for step in (1, 2, 3):
+            checkpointer.save(step, state_of(step))
+    steps, empty = Steps(checkpointer.directory), Steps._empty
+
+    def retires_another(self, record):
+        monkeypatch.undo()
+        empty(self, record)
+        self.retire(2)
+
+    monkeypatch.setattr(Steps, "_empty", retires_another)
+    steps.retire(1)
+    steps.sweep()
+    assert steps.sealed() == [3]
+    assert [path.name.partition("-")[0] for path in (tmp_path / "trash").glob("*.json")] == ["2"]
+    steps.sweep()
+    assert steps.unsealed() == list((tmp_path / "trash").iterdir()) == []
