@@ -16,7 +16,7 @@ from shardadam.checkpoint.holder import Holder
 NAME = "writer.lock"
 HEARTBEAT = 10.0  # Seconds between two of the holder's.
 STALE_AFTER = 60.0  # Without a heartbeat for so long, a holder on another host counts as dead.
-_PATIENCE = 3.0  # For a holder on this host, which may be ending just now.
+_PATIENCE = 3.0  # For a holder on this host, which may be ending just now, or a save of this process's.
 _POLL = 0.1
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -99,7 +99,7 @@ class WriterLock:
         deadline, first = time.monotonic() + _PATIENCE, None
         while (link := self._claim(mine, candidate)) is not None:
             if link.holder.is_here():
-                alive = link.holder.pid == os.getpid() or time.monotonic() > deadline
+                alive = time.monotonic() > deadline
             elif first is None or first.holder != link.holder:
                 first, alive = link, _is_flocked(link.path)
                 log.info("%s: held by %s; waiting for a sign of life, %g s at most", self.path, link, STALE_AFTER)
