@@ -213,6 +213,7 @@ class Checkpointer:
           CheckpointError: it has a seal, is not committed, or another run writes in the directory.
         """
         self.wait()
+        self._saver.tidied()  # Tidying up removes drafts of seals, and this makes one.
         self.lock()
         adopt(self._steps, operator.index(step), run_id=self._run_id, config=self._config)
 

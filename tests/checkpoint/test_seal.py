@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import threading
 import time
 
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from test_save_faults import at_the_next_step
 
 import shardadam
-from shardadam.checkpoint import Checkpointer, CheckpointError, NotFiniteError, sealing
+from shardadam.checkpoint import Checkpointer, CheckpointError, NotFiniteError, saving, sealing
 from shardadam.checkpoint.digest import host_digest
 from shardadam.checkpoint.seal import Seal, SealedFile, SealedLeaf
 from shardadam.checkpoint.steps import Steps
@@ -60,11 +61,11 @@ def test_what_it_says(tmp_path):
 def test_a_step_is_saved_once_it_is_sealed_and_without_being_waited_for(tmp_path, monkeypatch):
     gate, write = threading.Event(), sealing.write_seal
     monkeypatch.setattr(
-        "shardadam.checkpoint.saving.write_seal", lambda *args, **options: gate.wait(20) and write(*args, **options)
+        "shardadam.checkpoint.saving.write_seal", lambda *args, **options: gate.wait(200) and write(*args, **options)
     )
     with Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, {"x": jnp.ones(3)})
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 200
         while ocp.utils.checkpoint_steps(tmp_path) != [1]:
             assert time.monotonic() < deadline
         assert checkpointer.latest_step() is None
@@ -201,3 +202,26 @@ def test_adopting_a_step_of_plain_orbax_or_an_older_version(tmp_path):
     adopted = Steps(checkpointer.directory).read_seal(4)
     assert adopted.origin == "adopted"
     assert (adopted.leaves, adopted.files, adopted.count) == (saved.leaves, saved.files, saved.count)
+
+
+def test_a_step_is_adopted_when_the_save_before_has_tidied_up(tmp_path, monkeypatch):
+    """Which removes drafts of seals: a save that was killed may have left them."""
+    drafted, swept, remove_retired, replace = threading.Event(), threading.Event(), saving.remove_retired, os.replace
+
+    def sweeps_when_there_is_a_draft(steps):
+        drafted.wait(1)
+        remove_retired(steps)
+        swept.set()
+
+    def replaces_when_drafts_are_swept(*args):
+        drafted.set()
+        swept.wait(1)
+        replace(*args)
+
+    with Checkpointer(tmp_path) as checkpointer:
+        monkeypatch.setattr(saving, "remove_retired", sweeps_when_there_is_a_draft)
+        checkpointer.save(1, {"x": jnp.ones(3)}, wait=True)
+        (tmp_path / "seals" / "1.json").unlink()
+        monkeypatch.setattr(os, "replace", replaces_when_drafts_are_swept)
+        checkpointer.adopt(1)
+        assert checkpointer.all_steps() == [1]
