@@ -19,8 +19,16 @@ ROOT = Path(__file__).parents[1]
 INDEX = "index = int(os.environ['JAX_PROCESS_ID'])"
 
 
+# For what a process has to wait for that the others do: when one starts says nothing of when another does.
+MARKS = """
+def mark(name): open(os.path.join(os.environ['MARKS'], name), 'w').close()
+def awaits(*names):
+    while not all(os.path.exists(os.path.join(os.environ['MARKS'], name)) for name in names): time.sleep(0.01)
+"""
+
+
 def program(code):
-    return [sys.executable, "-c", f"import os, signal, sys, time\n{INDEX}\n{textwrap.dedent(code)}"]
+    return [sys.executable, "-c", f"import os, signal, sys, time\n{INDEX}\n{MARKS}{textwrap.dedent(code)}"]
 
 
 def started(code, *options, environment=()):
@@ -33,11 +41,11 @@ def started(code, *options, environment=()):
 
 def finished(code, *options, **environment):
     process = started(code, *options, **environment)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     return process.returncode, out, err
 
 
-def is_gone(process, within=5):
+def is_gone(process, within=100):
     """Or its new parent has not taken note of its end yet. What was killed takes a moment to go."""
     deadline = time.monotonic() + within
     while True:
@@ -82,7 +90,7 @@ def test_what_the_user_set_stands_but_not_another_number_of_devices():
         ("os.kill(os.getpid(), signal.SIGKILL)", 137, "process 1 ended with SIGKILL"),
     ],
 )
-def test_the_first_failure_ends_the_others_and_its_code_is_kept(end, wanted, said):
+def test_the_first_failure_ends_the_others_and_its_code_is_kept(tmp_path, end, wanted, said):
     # Process 0 does not end by SIGTERM, process 2 has started one of its own.
     began = time.monotonic()
     code, out, err = finished(
@@ -91,13 +99,14 @@ def test_the_first_failure_ends_the_others_and_its_code_is_kept(end, wanted, sai
         if index == 2:
             child = os.fork()
             print('child', child or os.getpid())
+        mark(str(index))
         if index == 1:
-            time.sleep(1); {end}
-        time.sleep(60)
+            awaits('0', '2'); {end}
+        time.sleep(250)
         """,
-        "--processes", "3", "--grace", "0.5",
+        "--processes", "3", "--grace", "0.5", environment={"MARKS": str(tmp_path)},
     )  # fmt: skip
-    assert (code, time.monotonic() - began < 30) == (wanted, True)
+    assert (code, time.monotonic() - began < 200) == (wanted, True)
     assert said in err
     (child,) = {line.split()[-1] for line in out.splitlines() if "child" in line}
     assert is_gone(child)
@@ -134,9 +143,11 @@ def test_signals_are_passed_on_and_end_the_restarts(number, again, wanted):
             if len(count) == 2: sys.exit(9)
         signal.signal(signal.SIGTERM, stop); signal.signal(signal.SIGINT, stop); signal.signal(signal.SIGUSR1, stop)
         print('ready', flush=True)
+        while len(count) < int(os.environ['TIMES']): time.sleep(0.05)
         for _ in range(50 if index else 30): time.sleep(0.05)
         """,
-        "--processes", "2", "--max-restarts", "3", "--grace", "0.5",
+        # After a second SIGINT the processes have no more time than this to end by themselves.
+        "--processes", "2", "--max-restarts", "3", "--grace", "100", environment={"TIMES": str(1 + again)},
     )  # fmt: skip
     assert process.stdout is not None
     said = [process.stdout.readline(), process.stdout.readline()]
@@ -145,7 +156,7 @@ def test_signals_are_passed_on_and_end_the_restarts(number, again, wanted):
     if again:
         assert "got" in process.stdout.readline() + process.stdout.readline()
         process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=200)
     assert process.returncode == wanted
     if not again:
         assert sorted(out.split("\n"))[1:] == [f"[{index}] got {number.name} 1" for index in (0, 1)]
@@ -153,9 +164,10 @@ def test_signals_are_passed_on_and_end_the_restarts(number, again, wanted):
 
 STUBBORN = """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
+    if 'TELLS' in os.environ: signal.signal(signal.SIGINT, lambda *_: print('asked', flush=True))
     child = os.fork()
     if child: print('child', os.getpid(), child, flush=True)
-    time.sleep(100)
+    time.sleep(250)
 """
 
 
@@ -173,12 +185,15 @@ def told(process, lines):
     ],
 )
 def test_what_does_not_end_when_it_is_asked_to_is_made_to(number, times, options):
-    process = started(STUBBORN, "--processes", "2", "--grace", "0.3", "--max-restarts", "2", *options)
+    tells = {"TELLS": "1"} if times > 1 else {}
+    arguments = ["--processes", "2", "--grace", "0.3", "--max-restarts", "2", *options]
+    process = started(STUBBORN, *arguments, environment=tells)
     family = told(process, 2)
-    for _ in range(times):
+    process.send_signal(number)
+    for _ in range(times - 1):
+        assert [process.stdout.readline()[4:] for _ in range(2)] == ["asked\n"] * 2  # signals do not queue
         process.send_signal(number)
-        time.sleep(0.2)  # signals do not queue
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=200)
     assert process.returncode == 128 + signal.SIGKILL
     assert "ended with SIGKILL; it was asked to end, and then made to" in err
     assert "restart" not in err
@@ -194,16 +209,18 @@ def test_what_has_not_been_given_time_has_as_long_as_a_step_and_a_save_may_take(
         _time_to_stop(["train"])
 
 
-def test_nothing_is_left_of_what_ended_processes_have_started():
+def test_nothing_is_left_of_what_ended_processes_have_started(tmp_path):
     """Of one that ended well before the others, and of one that failed, at each start."""
     code, out, _ = finished(
         """
-        if not (child := os.fork()): time.sleep(100)
+        if not (child := os.fork()): time.sleep(250)
         print('child', child, flush=True)
-        time.sleep(index * 0.7)
-        sys.exit(7 if index == 1 else 0)
+        ended = f"ended-{os.environ['SHARDADAM_RESTARTS']}"
+        if index == 0: mark(ended); sys.exit(0)
+        awaits(ended); time.sleep(0.7); sys.exit(7)
         """,
-        "--processes", "2", "--grace", "0.5", "--max-restarts", "1", "--backoff", "0",
+        "--processes", "2", "--grace", "5", "--max-restarts", "1", "--backoff", "0",
+        environment={"MARKS": str(tmp_path)},
     )  # fmt: skip
     assert code == 7
     children = [int(line.split("child")[1]) for line in out.splitlines() if "child" in line]
@@ -215,7 +232,7 @@ def test_the_end_of_a_killed_launcher_is_that_of_its_processes():
     process = started(STUBBORN, "--processes", "2", "--grace", "0.3")
     family = told(process, 2)
     process.kill()
-    process.communicate(timeout=20)  # until nobody has its pipes any more
+    process.communicate(timeout=200)  # until nobody has its pipes any more
     assert [is_gone(one) for one in family] == [True] * 4
 
 
@@ -243,7 +260,7 @@ def test_fewer_processes_divide_the_full_number(least, sizes):
 def test_mistakes_are_told_in_one_line(arguments, message):
     rest = arguments if "--" in arguments else [*arguments, "--", "true"]
     ran = subprocess.run(
-        [sys.executable, "-m", "shardadam.cli", "launch", *rest], cwd=ROOT, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "shardadam.cli", "launch", *rest], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     assert ran.returncode in (1, 2)
     assert message in ran.stderr
