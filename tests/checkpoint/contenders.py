@@ -1,4 +1,4 @@
-"""Processes that want one lock: `contenders.py hold DIRECTORY`, or `contenders.py race DIRECTORY SECONDS`."""
+"""Processes that want one lock: `contenders.py hold DIRECTORY`, or `race DIRECTORY SECONDS HOLDS DEATHS`."""
 
 import logging
 import os
@@ -20,40 +20,58 @@ def hold(directory):
     signal.pause()
 
 
-def race(directory, seconds):
-    """Each contender takes the lock again and again; some kill themselves while they hold it, or take it."""
+def race(directory, seconds, least_holds, least_kills):
+    """Each contender takes the lock again and again; some kill themselves while they hold it, or take it.
+
+    It goes on for so many seconds, and until the lock was held so often, and by so many that were killed.
+    """
     end, index = time.monotonic() + seconds, 0
+    (directory / "holds").touch()
     running = {}
-    while time.monotonic() < end or running:
-        while time.monotonic() < end and len(running) < NUM_CONTENDERS:
+
+    def is_over():
+        if time.monotonic() < end:
+            return False
+        holds = told(directory)
+        return len(holds) >= least_holds and holds.count("killed") >= least_kills
+
+    while running or not is_over():
+        while len(running) < NUM_CONTENDERS and not is_over():
             index += 1
             pid = os.fork()
             if not pid:
-                contend(directory, end, random.Random(index))
+                contend(directory, is_over, random.Random(index))
             running[pid] = index
         pid, status = os.wait()
         del running[pid]
         code = os.waitstatus_to_exitcode(status)
         assert code in (0, -signal.SIGKILL), code
-    holds = (directory / "holds").read_text().split()
+    holds = told(directory)
     print(len(holds), holds.count("killed"), index, flush=True)
 
 
-def contend(directory, end, rng):
+def told(directory):
+    """How each holding of the lock has ended."""
+    return (directory / "holds").read_text().split()
+
+
+def contend(directory, is_over, rng):
     lock._POLL = 0.002
     held = lock.WriterLock(directory / "checkpoints", "a-contender")
     be_disturbed(rng)
     inside = directory / "inside"
-    while time.monotonic() < end:
+    me = f"{os.getpid()} {start_of(os.getpid())}"
+    while not is_over():
         try:
             held.acquire()
         except CheckpointError:
             continue
         if inside.exists():  # Of one that was killed, or of one that still holds the lock?
-            assert start_of(int(inside.read_text())) is None, "two hold the lock"
-        inside.write_text(str(os.getpid()))
+            pid, start = map(int, inside.read_text().split())
+            assert start_of(pid) != start, "two hold the lock"
+        inside.write_text(me)
         time.sleep(rng.uniform(0, 0.01))
-        assert inside.read_text() == str(os.getpid()), "two hold the lock"
+        assert inside.read_text() == me, "two hold the lock"
         killed = rng.random() < KILLED_IN
         with (directory / "holds").open("a") as holds:
             holds.write("killed\n" if killed else "gave\n")
@@ -84,4 +102,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "hold":
         hold(Path(sys.argv[2]))
     else:
-        race(Path(sys.argv[2]), float(sys.argv[3]))
+        race(Path(sys.argv[2]), float(sys.argv[3]), *map(int, sys.argv[4:]))
