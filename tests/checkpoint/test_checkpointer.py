@@ -26,7 +26,7 @@ def writing(monkeypatch):
     write = ocp.JsonCheckpointHandler._save_fn
 
     async def held(*args, **kwargs):
-        assert gate.wait(20)
+        assert gate.wait(200)
         return await write(*args, **kwargs)
 
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", held)
@@ -155,7 +155,7 @@ def test_a_save_that_orbax_refuses_leaves_the_checkpointer_usable(tmp_path, monk
     assert checkpointer.restore(state_of(0))["x"][0, 0] == 2
     # No thread of Orbax's is left waiting for what never comes: it would hold up the end of the process.
     for thread in {t for t in set(threading.enumerate()) - before if "_target_setting_result" in t.name}:
-        threading.Thread.join(thread, 10)
+        threading.Thread.join(thread, 200)
         assert not thread.is_alive()
 
 
