@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, errors, failures
+from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, errors, failures, saving
 from shardadam.checkpoint.steps import Steps
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +99,8 @@ NEED_A_DISK = [full, read_only]
 
 def at_the_next_step(checkpointer):
     """What a training loop does: it asks after every step."""
-    for _ in range(1000):
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
         checkpointer.check()
         time.sleep(0.01)
 
@@ -122,6 +124,7 @@ def test_a_fault_of_the_disk(request, tmp_path, fault, on_error, caplog):
                     checkpointer.save(2, BIG)
                     while checkpointer._saver.step is not None:
                         checkpointer.check()
+                        time.sleep(0.01)
                 said = caplog.text
                 assert "going on without it" in said
             assert f"step 2: not saved in {directory}: {told}; " in said
@@ -162,15 +165,21 @@ def test_a_refusal_is_no_fault_of_the_disk(tmp_path):
 
 
 @pytest.mark.parametrize("instead", [True, False])
-def test_a_directory_that_is_removed_while_it_is_saved_in(tmp_path, instead):
+def test_a_directory_that_is_removed_while_it_is_saved_in(tmp_path, monkeypatch, instead):
     directory = tmp_path / "steps"
+    removed, write_seal = threading.Event(), saving.write_seal
     checkpointer = Checkpointer(directory)
     checkpointer.save(1, SMALL, wait=True)
+    # However long this thread has to wait for its turn, the step is not sealed before.
+    monkeypatch.setattr(
+        saving, "write_seal", lambda *args, **options: removed.wait(200) and write_seal(*args, **options)
+    )
     checkpointer.save(2, BIG)
     while directory.exists():
         shutil.rmtree(directory, ignore_errors=True)  # What is still being written comes back.
     if instead:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
+    removed.set()
     with pytest.raises(SaveError, match=r"step 2: not saved in .*saved there: no steps"):
         checkpointer.wait()
     assert checkpointer.all_steps() == []
@@ -219,7 +228,7 @@ checkpointer.save(2, {"x": jax.random.normal(jax.random.key(0), (2**20,))})
 def test_a_process_that_ends_without_close(tmp_path, disk_is, on_error):
     ran = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(ENDS), str(tmp_path), on_error, disk_is],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=250,
     )  # fmt: skip
     assert ran.stdout == "saved\n"
     if disk_is == "well":
