@@ -16,10 +16,13 @@ os.environ.setdefault("NPROC", "32")
 import jax
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from jax.sharding import AxisType, Mesh
 
-settings.register_profile("ci", deadline=None, derandomize=True, max_examples=50)
+# That drawing takes long says something of the machine, and of what else it does, and nothing of the code.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("ci")
 
 
