@@ -1,7 +1,9 @@
 """What of `scripts/recipes` can be tried without a cluster: each says in its head what that is."""
 
+import contextlib
 import os
 import runpy
+import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +34,7 @@ def stand_in(tmp_path):
 
 def bash(arguments, environment):
     ran = subprocess.run(
-        ["bash", *arguments], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=60
+        ["bash", *arguments], env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=200
     )
     return ran.returncode, ran.stdout
 
@@ -59,24 +61,40 @@ def test_slurm_starts_again_what_may_succeed(stand_in, codes, wanted, calls):
     assert all(line.endswith("shardadam train a.yaml --steps 3") for line in said)
 
 
-def test_two_processes_find_each_other_by_slurms_variables():
-    port = 65535 - 2**12 + 1  # where JAX puts the coordinator of job 0, and the next ones
+@contextlib.contextmanager
+def free_job():
+    """The number of a job for whose coordinator JAX takes a port that is free, and stays so; and that port."""
+    first = 65535 - 2**12 + 1  # that of job 0, and the next ones
+    for job in range(os.getpid() % 4096, 4096 + os.getpid() % 4096):
+        with socket.socket() as probe, socket.socket() as holder:
+            try:
+                probe.bind(("127.0.0.1", first + job % 4096))
+                probe.close()
+                holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)  # as the coordinator does
+                holder.bind(("127.0.0.1", first + job % 4096))
+            except OSError:
+                continue
+            yield job % 4096, first + job % 4096
+            return
+    raise AssertionError("no port is free")
 
-    def task(index):
+
+def test_two_processes_find_each_other_by_slurms_variables():
+    def task(index, job, port):
         slurm = {
-            "JOB_ID": os.getpid() % 4096,
+            "JOB_ID": job,
             "STEP_NODELIST": "localhost",
             "NTASKS": 2,
             "PROCID": index,
             "LOCALID": index,
         }
         environment = os.environ | {f"SLURM_{name}": str(value) for name, value in slurm.items()}
-        environment["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port + slurm['JOB_ID']}"
+        environment["JAX_COORDINATOR_BIND_ADDRESS"] = f"127.0.0.1:{port}"
         command = [sys.executable, "-m", "shardadam.cli", "env"]
-        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=250)
 
-    with ThreadPoolExecutor() as pool:
-        for index, ran in enumerate(pool.map(task, range(2))):
+    with free_job() as (job, port), ThreadPoolExecutor() as pool:
+        for index, ran in enumerate(pool.map(lambda index: task(index, job, port), range(2))):
             assert ran.returncode == 0, ran.stderr
             assert f"processes          2, this is {index}" in ran.stdout
             assert "16 x cpu" in ran.stdout
