@@ -1,5 +1,6 @@
 """Real parameter trees are as large as published, and split evenly over any number of shards, fast."""
 
+import gc
 import math
 import time
 
@@ -74,9 +75,10 @@ def test_layers_that_are_stacked_are_split_as_evenly(name):
 
 def test_planning_70b_for_8960_shards_takes_under_a_second_of_cpu():
     params = ZOO["Llama-3 70B"].params()
-    start = time.process_time()
+    gc.collect()  # Of what the tests before have left, which this is not to pay for.
+    start = time.thread_time()  # The tests before may have left threads, too.
     plan = shardadam.make_plan(params, {"data": 8960})
-    assert time.process_time() - start < 1  # 20 ms in fact: docs/shapes.md.
+    assert time.thread_time() - start < 1  # 20 ms in fact: docs/shapes.md.
     assert plan.num_shards == 8960
     assert math.prod(plan.leaves["lm_head/kernel"].shape) == 128256 * 8192
 
