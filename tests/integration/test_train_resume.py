@@ -290,10 +290,24 @@ def test_tokens_that_are_no_bytes_have_no_bits_per_byte(tiny, tmp_path):
     assert "bits per token" in result.summary()
 
 
+# The command, but that no step is done before the test is through, however fast it compiles.
+HELD = """
+import sys, time
+from shardadam.cli import main
+from shardadam.trainer import loop
+make_train_step = loop.make_train_step
+def make_held_step(*args):
+    train_step = make_train_step(*args)
+    return lambda *args: (train_step(*args), time.sleep(250))[0]
+loop.make_train_step = make_held_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 class TestSignals:
     """In a process of its own, as a user's shell would run it."""
 
-    def start(self, tmp_path, config):
+    def start(self, tmp_path, config, program=("-m", "shardadam.cli")):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(asdict(config)))
         environment = os.environ | {
@@ -301,7 +315,7 @@ class TestSignals:
             "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
         }  # fmt: skip
         return subprocess.Popen(
-            [sys.executable, "-m", "shardadam.cli", "train", str(path)],
+            [sys.executable, *program, "train", str(path)],
             cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -318,7 +332,7 @@ class TestSignals:
         process = self.start(tmp_path, config)
         self.read_until(process, "step 3/")
         process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=200)
         assert process.returncode == 0, err
         assert "SIGTERM: finishing the step, then saving" in err
         step = int(out.split("stopped at step ")[1].split(",")[0])
@@ -331,12 +345,12 @@ class TestSignals:
 
     def test_the_second_ends_it_at_once(self, tmp_path, tiny):
         config = tiny(steps=10**6, model={"num_layers": 4, "d_model": 64, "d_ff": 256})
-        process = self.start(tmp_path, config)
+        process = self.start(tmp_path, config, ("-c", HELD))
         self.read_until(process, "parameters on")  # compiling now, which Python's own handlers would wait for
         process.send_signal(signal.SIGINT)
         self.read_until(process, "SIGINT: finishing the step, then saving")
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=5)
+        _, err = process.communicate(timeout=100)
         assert process.returncode == 128 + signal.SIGTERM, err
         assert "SIGTERM again: stopping at once" in err
 

@@ -46,12 +46,14 @@ class Torture:
       base: the config, whose `runs_dir` each run replaces.
       cache: a directory for compiled programs.
       devices: how many there are in all, by processes.
+      deadlines: the disturbed runs'.
       program: see `launched`.
     """
 
-    def __init__(self, directory, rng, base, cache, *, devices=DEVICES, program="faulty"):
+    def __init__(self, directory, rng, base, cache, *, devices=DEVICES, deadlines=DEADLINES, program="faulty"):
         self.directory, self.rng, self.dealer = directory, rng, Dealer(rng)
         self.base, self.cache, self.devices, self.program = base, cache, devices, program
+        self.deadlines = deadlines
         self.begun, self.undisturbed = directory / "begun", {}
         self.faults, self.restarts = Counter(), Counter()
 
@@ -69,7 +71,7 @@ class Torture:
 
     def run(self, processes, *, fewer):
         """Disturbs one run and compares; returns what has happened."""
-        config = self._config("disturbed", processes) | {"deadlines": DEADLINES}
+        config = self._config("disturbed", processes) | {"deadlines": self.deadlines}
         faults = self._disturb(config, processes, *(("--min-processes", "1") if fewer else ()))
         (state, losses), (wanted, wanted_losses) = self.end(config), self.ended(processes)
         (assert_close if fewer else assert_same_bits)(state, wanted)
@@ -95,7 +97,7 @@ class Torture:
         raise AssertionError(f"not done after {MAX_LAUNCHES} launches:\n{ran.stderr}")
 
     def _launch(self, config, processes, *options, faults=()):
-        slow = sum(DEADLINES[f["what"]] for f in faults if f["how"] in ("stop", "spin", "hold"))
+        slow = sum(self.deadlines[f["what"]] for f in faults if f["how"] in ("stop", "spin", "hold"))
         return launched(
             config,
             self.cache,
