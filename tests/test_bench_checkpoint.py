@@ -13,7 +13,7 @@ def test_a_small_state(tmp_path):
     options = ["--rounds", "1", "--rows", "8", "--leaves", "2", "--json", str(tmp_path / "report.json")]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(ROOT / "scripts/bench/checkpoint.py"), *options]
-    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    ran = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert ran.returncode == 0, ran.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert set(report["stages"]) == {"2", "3"}

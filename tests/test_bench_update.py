@@ -26,7 +26,7 @@ def run_small(out):
     command = [sys.executable, str(ROOT / "scripts/bench/update.py"), *options]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "XLA_FLAGS": ""}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert "goal: at most" in done.stdout

@@ -20,12 +20,12 @@ def test_every_public_name_is_there():
 
 def test_the_order_of_imports_hides_nothing():
     code = "import shardadam; shardadam.TrainState; shardadam.Checkpointer; assert callable(shardadam.adam)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 def test_import_does_not_wait_for_jax():
     code = "import sys, shardadam; assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=250)
 
 
 def test_the_update_runs_under_strict_promotion(data_mesh):
