@@ -33,11 +33,16 @@ class Forked(subprocess.Popen):
         pipes = [given[name] for name in ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")]
         sys.stdout.flush()
         sys.stderr.flush()
+        reader, writer = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             become(given["args"][2:], given["env"], pipes[0], pipes[3], pipes[5])
         self._child_created = True
         self._close_pipe_fds(*pipes)
+        # Until it leads a group of its own, as a Popen waits for exec: the launcher forgets a group that is not there.
+        os.close(writer)
+        os.read(reader, 1)
+        os.close(reader)
 
 
 def become(arguments, environment, stdin, stdout, stderr):
@@ -45,9 +50,9 @@ def become(arguments, environment, stdin, stdout, stderr):
     os.setsid()
     for number, source in enumerate((stdin, stdout, stderr)):
         os.dup2(source, number)
-    os.closerange(3, 256)  # the other processes' pipes
     for number in process_group._FORWARDED:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.closerange(3, 256)  # the other processes' pipes, and the one that the launcher waits at
     os.environ.clear()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
