@@ -6,7 +6,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=false"
+    # XLA aborts the process where a device comes 40 s late to a collective: as it may, where other processes have the
+    # cores or the machine stands still.
+    " --xla_cpu_collective_call_terminate_timeout_seconds=250"
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 # XLA:CPU's thread pool has as many threads as there are devices or NPROC says: with eight, seven that wait in a
