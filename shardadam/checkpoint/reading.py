@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -38,9 +39,23 @@ def saved_tree(step_directory: epath.Path) -> Any:
             f"{step_directory}: got items {items}, wanted {STATE!r}; it was not saved by shardadam.Checkpointer, "
             "or is damaged"
         )
-    # The handler itself: an Orbax Checkpointer would log that the item lacks the metadata that only a step has.
     with _naming(step_directory):
-        return ocp.StandardCheckpointHandler().metadata(step_directory / STATE).tree
+        return metadata(step_directory / STATE)
+
+
+def metadata(item: epath.Path) -> Any:
+    """The tree of any item that Orbax wrote, of its metadata: each array's file says what shape and chunks it has."""
+    standard = ((kind, ocp.type_handlers.get_type_handler(kind)) for kind in (int, np.ndarray, str))
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _NoShardings()), *standard)
+    # The handler itself: an Orbax Checkpointer would log that the item lacks the metadata that only a step has.
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry).metadata(item).tree
+
+
+class _NoShardings(ocp.type_handlers.NumpyHandler):
+    """For the metadata of device arrays, without their shardings: Orbax reads those one by one, and nobody asks."""
+
+    def typestr(self) -> str:
+        return ocp.type_handlers.get_type_handler(jax.Array).typestr()
 
 
 def read_state(

@@ -17,6 +17,7 @@ from orbax.checkpoint.metadata import ScalarMetadata, StringMetadata
 from shardadam.checkpoint.digest import Digest, digests, host_digest
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.logical import PYTHON_NUMBERS, Slot, is_key, split_sharding
+from shardadam.checkpoint.reading import metadata
 
 CHUNK_BYTES = 16 * 2**20  # Read together, so that many small leaves do not cost a reading of the metadata each.
 
@@ -75,7 +76,7 @@ def item_tree(item: epath.Path) -> Any:
         kind = Leaf if jax.dtypes.canonicalize_dtype(dtype) == dtype else HostLeaf
         return kind(item=item, names=names, shape=tuple(saved.shape), dtype=dtype, python=python)
 
-    return jax.tree_util.tree_map_with_path(leaf, _metadata(item), is_leaf=_is_saved)
+    return jax.tree_util.tree_map_with_path(leaf, metadata(item), is_leaf=_is_saved)
 
 
 def read(
@@ -167,7 +168,7 @@ def _load(chunk: Sequence[Leaf], mesh: Mesh | None) -> list[jax.Array | np.ndarr
         split = NamedSharding(mesh, P()) if leaf.dtype == np.uint32 else split_sharding(leaf.shape, mesh)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=split)
 
-    targets = jax.tree_util.tree_map_with_path(target, _metadata(item), is_leaf=_is_saved)
+    targets = jax.tree_util.tree_map_with_path(target, metadata(item), is_leaf=_is_saved)
     args = ocp.args.PyTreeRestore(targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets))
     found = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(item, args=args))
     return [found[leaf.names] for leaf in chunk]
@@ -205,10 +206,6 @@ def _chunks(leaves: Iterable[Leaf], chunk_bytes: int) -> Iterator[list[Leaf]]:
         chunk.append(leaf)
     if chunk:
         yield chunk
-
-
-def _metadata(item: epath.Path) -> Any:
-    return ocp.PyTreeCheckpointHandler().metadata(item).tree
 
 
 def _is_saved(x: Any) -> bool:

@@ -1,5 +1,7 @@
 """Saved on some devices in some layout, restored on others in another: the same bits."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,12 +9,13 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from conftest import make_mesh
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from orbax.checkpoint.experimental import v1
 
 import shardadam
-from shardadam.checkpoint import Checkpointer
+from shardadam.checkpoint import Checkpointer, reading
 from shardadam.checkpoint.logical import split_sharding
 from shardadam.checkpoint.slots import slots
 from shardadam.sharding import map_moments, pack_leaf, unpack_leaf
@@ -235,3 +238,26 @@ def test_restored_state_can_be_donated(tmp_path):
     assert all(x.is_deleted() for x in old)
     assert {x.addressable_shards[0].data.unsafe_buffer_pointer() for x in jax.tree.leaves(new) if x.ndim} <= pointers
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y * 2), new, state)
+
+
+def test_metadata_is_orbaxs_own_but_for_the_shardings(tmp_path, data_mesh):
+    state = {
+        "split": jax.device_put(jnp.arange(16.0), NamedSharding(data_mesh, P("data"))),
+        "host": np.arange(6, dtype=np.int8).reshape(2, 3),
+        "number": 3,
+        "key": jax.random.key(0),
+        "none": None,
+        "empty": {},
+    }
+    with Checkpointer(tmp_path) as checkpointer:
+        checkpointer.save(1, state)
+    item = epath.Path(tmp_path / "1" / reading.STATE)
+    found, wanted = reading.metadata(item), ocp.PyTreeCheckpointHandler().metadata(item).tree
+
+    unsharded = [
+        dataclasses.replace(x, sharding=None) if hasattr(x, "sharding") else x for x in jax.tree.leaves(wanted)
+    ]
+    assert jax.tree.leaves(found) == unsharded
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    assert wanted["split"].sharding is not None
+    assert found["split"].sharding is None
