@@ -24,6 +24,7 @@ from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, w
 from shardadam.checkpoint.shared import acquire_for_all
 from shardadam.checkpoint.steps import Steps, make_room, remove_partial, remove_retired, short
 from shardadam.checkpoint.together import on_process_zero
+from shardadam.checkpoint.turns import short_turns
 from shardadam.checkpoint.writing import writer
 
 log = logging.getLogger("shardadam.checkpoint")
@@ -81,6 +82,10 @@ class Saver:
             did not save.
           SaveError: it failed, and failures are raised.
         """
+        with short_turns():
+            self._begin(draft, args, parts, allow_nonfinite=allow_nonfinite)
+
+    def _begin(self, draft: Seal, args: ocp.args.Composite, parts: Sequence[Slot], *, allow_nonfinite: bool) -> None:
         self.step = draft.step
         with self._surfacing("prepare"):
             self.tidied()
