@@ -5,8 +5,10 @@ from typing import Any
 
 from shardadam.checkpoint.digest import host_digest
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.reading import saved_leaves
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.sealing import is_count, write_seal
+from shardadam.checkpoint.slots import check_names
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.checkpoint.verify import stored_leaves
@@ -31,6 +33,7 @@ def adopt(steps: Steps, step: int, *, run_id: str = "", config: Any = None, orig
 
     Raises:
       CheckpointError: the step has a seal, or is not committed, or its arrays cannot be read.
+      ValueError: two of its leaves would have one name in a seal.
     """
 
     def digest() -> dict[str, Any]:
@@ -38,6 +41,7 @@ def adopt(steps: Steps, step: int, *, run_id: str = "", config: Any = None, orig
             known = "is sealed already" if step in steps.seals() else f"is not committed in {steps.directory}"
             raise CheckpointError(f"step {step}: {known}, so it cannot be adopted; without a seal: {steps.unsealed()}")
         leaves, count = {}, None
+        check_names(saved_leaves(steps.path(step)))
         for leaf, x in stored_leaves(steps.path(step)):
             found = host_digest(x, leaf.path)
             leaves[leaf.path] = [found.text, found.num_nonfinite, list(leaf.shape), leaf.dtype.name]

@@ -156,7 +156,7 @@ class Checkpointer:
         self.wait()
         plan = plan_of(state, self._plan)
         parts = list(slots(state, plan))
-        check_names(parts)
+        check_names(slot.names for slot in parts)
         logical = jax.tree.unflatten(jax.tree.structure(state), [slot.to_disk() for slot in parts])
         draft = Seal(
             step=step, files={}, leaves={}, count=count_of(parts), plan=described_plan(plan), config=self._config,

@@ -15,6 +15,7 @@ from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.forms import leaves
 from shardadam.checkpoint.seal import Seal, SealedLeaf
 from shardadam.checkpoint.sealing import is_count, write_seal
+from shardadam.checkpoint.slots import check_names
 from shardadam.checkpoint.steps import Steps, remove_partial
 from shardadam.checkpoint.stream import Leaf, Reader, digest_of, handler, number
 
@@ -33,6 +34,7 @@ def save_imported(
 
     Raises:
       CheckpointError: the step, or a later one, is there already, a leaf is not finite, or a run writes there.
+      ValueError: two leaves would go to one place.
     """
     steps = Steps(directory)
     there = [*steps.seals(), *steps.unsealed()]
@@ -40,6 +42,7 @@ def save_imported(
         raise CheckpointError(
             f"step {step}: {directory} holds step {max(there)} already; import into another directory"
         )
+    check_names(leaves(tree))
     seal = partial(_sealed_leaf, step, allow_nonfinite=allow_nonfinite)
     numbers = {"/".join(names): np.asarray(x) for names, x in leaves(tree).items() if not isinstance(x, Leaf)}
     sealed = {path: seal(path, x, x.shape, x.dtype) for path, x in numbers.items()}

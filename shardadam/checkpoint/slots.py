@@ -1,7 +1,7 @@
 """The `Slot` of every leaf of a state: which leaves lie by a plan, by which, and what they are called."""
 
 import dataclasses
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -116,20 +116,20 @@ def plan_of(state: Any, fallback: Plan | None) -> Plan | None:
     return None
 
 
-def check_names(parts: Sequence[Slot]) -> None:
-    """Refuses two leaves that Orbax, which joins names with dots, would write to one place.
+def check_names(names: Iterable[tuple[str, ...]]) -> None:
+    """Refuses two leaves that would go to one place: in Orbax's files names are joined with dots, in a seal with "/".
 
     Raises:
       ValueError: naming both.
     """
-    seen: dict[str, Slot] = {}
-    for slot in parts:
-        other = seen.setdefault(".".join(slot.names), slot)
-        if other is not slot:
-            raise ValueError(
-                f"`{other.path}` and `{slot.path}`: Orbax would write both to '{'.'.join(slot.names)}'; rename a "
-                "key that has '.' in it"
-            )
+    seen: dict[tuple[str, str], tuple[str, ...]] = {}
+    for own in names:
+        for between, where in ((".", "Orbax would write both to"), ("/", "a seal would have both as")):
+            place = between.join(own)
+            other = seen.setdefault((between, place), own)
+            if other is not own:
+                both = " and ".join(" > ".join(map(repr, keys)) for keys in (other, own))
+                raise ValueError(f"{both}: {where} '{place}'; rename a key that has '{between}' in it")
 
 
 def _plan_tree(state: Any, plan: Plan) -> Any:

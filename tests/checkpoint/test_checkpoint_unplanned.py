@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import shardadam
+from shardadam.checkpoint import import_checkpoint
 
 HOST = {"w": np.ones((64, 48), np.float32), "odd": np.arange(17 * 257, dtype=np.float32).reshape(17, 257)}
 
@@ -67,6 +69,24 @@ def test_two_keys_that_orbax_would_write_to_one_place(tmp_path):
     state = {"a.b": np.ones(3, np.float32), "a": {"b": np.zeros(3, np.float32)}}
     with (
         shardadam.Checkpointer(tmp_path) as checkpointer,
-        pytest.raises(ValueError, match=r"`a/b` and `a\.b`: Orbax would write both to 'a\.b'"),
+        pytest.raises(ValueError, match=r"'a' > 'b' and 'a\.b': Orbax would write both to 'a\.b'"),
     ):
         checkpointer.save(0, state)
+
+
+def test_two_leaves_that_a_seal_would_have_under_one_name(tmp_path):
+    """The digest of one would be that of the other: a good step would be taken for damaged, and moved aside."""
+    tree = {"params": {"a/b": jnp.ones(3), "a": {"b": jnp.zeros(3)}}}
+    message = "'params' > 'a' > 'b' and 'params' > 'a/b': a seal would have both as 'params/a/b'; rename a key"
+    with shardadam.Checkpointer(tmp_path) as checkpointer, pytest.raises(ValueError, match=message):
+        checkpointer.save(0, tree)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "plain", tree)
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(tmp_path / "plain", tmp_path / "imported", step=None)
+    assert not (tmp_path / "imported").exists()
+    with ocp.CheckpointManager(tmp_path / "old", item_names=("state",)) as manager:
+        manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(tree)))
+    with shardadam.Checkpointer(tmp_path / "old") as checkpointer, pytest.raises(ValueError, match=message):
+        checkpointer.adopt(3)
+    assert checkpointer.all_steps() == []
