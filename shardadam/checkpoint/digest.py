@@ -128,7 +128,7 @@ def host_digest(x: np.ndarray | Any, path: str) -> Digest:
     """The digest of a host array, equal to that of the same leaf on devices.
 
     Args:
-      x: an array of any dtype, in the logical shape; a memory map is read chunk by chunk.
+      x: an array of any dtype and byte order, in the logical shape; a memory map is read chunk by chunk.
       path: the leaf's keypath, names joined with "/".
     """
     x = np.asarray(x)
@@ -140,6 +140,7 @@ def host_digest(x: np.ndarray | Any, path: str) -> Digest:
     with np.errstate(over="ignore"):
         for start in range(0, flat.size, _CHUNK):
             part = flat[start : start + _CHUNK]
+            part = part.astype(part.dtype.newbyteorder("="), copy=False)
             position = np.arange(start, start + part.size, dtype=np.uint64)
             high, low = np.divmod(position, np.uint64(low_size)) if x.size > low_size else (None, position)
             low, high = low.astype(np.uint32), None if high is None else high.astype(np.uint32)

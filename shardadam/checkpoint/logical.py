@@ -77,8 +77,9 @@ class Slot:
 
     @property
     def dtype(self) -> Any:
-        """The dtype, in memory and on disk."""
-        return self.like.dtype if hasattr(self.like, "dtype") else np.asarray(self.like).dtype
+        """The dtype, in memory and on disk; bytes in this machine's order, in which Orbax writes them."""
+        dtype = self.like.dtype if hasattr(self.like, "dtype") else np.asarray(self.like).dtype
+        return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
 
     @property
     def on_disk(self) -> tuple[tuple[int, ...], str]:

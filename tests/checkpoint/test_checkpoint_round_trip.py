@@ -204,6 +204,7 @@ def test_leaves_off_the_mesh_keep_their_kind(tmp_path):
         "committed": jax.device_put(jnp.arange(4), SingleDeviceSharding(device)),
         "uncommitted": jnp.arange(5),
         "numpy": np.arange(6.0),
+        "other_order": np.arange(3, dtype=">f4"),
         "number": np.float32(1.5),
         "python": 3,
         "key": jax.random.key(7),
@@ -213,7 +214,8 @@ def test_leaves_off_the_mesh_keep_their_kind(tmp_path):
     }
     checkpointer = Checkpointer(tmp_path)
     checkpointer.save(0, state, wait=True)
-    restored = checkpointer.restore(state)
+    restored = checkpointer.restore(state, verify="full")
+    assert checkpointer.damaged == []
     assert restored["committed"].devices() == {device}
     assert restored["committed"].committed
     assert not restored["uncommitted"].committed

@@ -166,6 +166,13 @@ def test_host_arrays_in_chunks_and_not_contiguous(monkeypatch):
     assert host_digest(x, "x") == whole == host_digest(np.asfortranarray(x), "x") == host_digest(x.T.copy().T, "x")
 
 
+@pytest.mark.parametrize("dtype", ["f4", "i8", "u2", "c16"])
+def test_bytes_in_the_other_order_are_the_same_numbers(dtype):
+    x = np.arange(7).astype(dtype)
+    other = x.astype(x.dtype.newbyteorder())
+    assert one(other) == host_digest(other, "x") == host_digest(x, "x")
+
+
 def test_nothing_is_gathered(data_mesh):
     """Nor is anything reduced: a collective could wait for one of the train step's, and that for it."""
     param = jax.device_put(np.ones((17, 257), np.float32), NamedSharding(data_mesh, P()))
