@@ -123,7 +123,8 @@ class Slot:
         if isinstance(self.like, np.generic | np.ndarray):
             return np.array(self.like)  # A copy: it is written after `save` has returned.
         if isinstance(self.like, jax.Array) and self.like.is_fully_addressable and jax.process_count() > 1:
-            return np.asarray(self.like)  # Orbax refuses device arrays that only one process knows.
+            # Orbax refuses device arrays that only one process knows.
+            return np.asarray(jax.random.key_data(self.like) if is_key(self.dtype) else self.like)
         return self.like
 
     def target(self) -> Any:
@@ -132,10 +133,9 @@ class Slot:
             return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.packed.logical_sharding)
         if self.sharding is not None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
-        if is_key(self.dtype):
-            return self.like
+        shape, dtype = self.on_disk
         # Says shape and dtype, and takes no memory: a view of one zero.
-        return np.broadcast_to(np.zeros((), self.dtype), self.shape)
+        return np.broadcast_to(np.zeros((), dtype), shape)
 
     def from_disk(self, x: Any) -> Any:
         """Brings what Orbax read to this leaf's layout, sharding and kind. Inverse of `to_disk`."""
@@ -149,7 +149,7 @@ class Slot:
             x = jax.device_put(x, self.sharding)
             return x if self.packed is not None or is_offloaded(self.sharding) else _copier(self.sharding)(x)
         if is_key(self.dtype):
-            return jax.random.wrap_key_data(jnp.array(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
+            return jax.random.wrap_key_data(jnp.array(x), impl=jax.random.key_impl(self.like))
         # Uncommitted, as it was: jit may then use it beside arrays on other devices.
         return jnp.array(x)
 

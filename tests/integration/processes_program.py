@@ -169,6 +169,23 @@ def a_process_that_can_write_no_more(directory, state):
         assert checkpointer.all_steps() == [1, 3]
 
 
+def keys_that_each_process_has_for_itself(directory, mesh):
+    """As `jax.random.key` makes them: Orbax saves no arrays that only one process knows."""
+    state = {
+        "key": jax.random.key(7),
+        "keys": jax.random.split(jax.random.key(8), 3),
+        "x": everywhere(np.ones(3), mesh),
+    }
+    with shardadam.Checkpointer(directory) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        restored = checkpointer.restore(state | {"key": jax.random.key(0)}, verify="full")
+        assert checkpointer.damaged == []
+    assert not restored["key"].committed
+    for name in ("key", "keys"):
+        assert restored[name].dtype == state[name].dtype
+        np.testing.assert_array_equal(*(jax.random.key_data(tree[name]) for tree in (restored, state)))
+
+
 def no_space(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -212,5 +229,6 @@ if __name__ == "__main__":
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     damage_is_found_by_all(f"{write}-damaged", mesh)
+    keys_that_each_process_has_for_itself(f"{write}-keys", mesh)
     if jax.process_index() == 0:
         np.savez(out, **found)
