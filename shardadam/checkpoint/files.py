@@ -35,7 +35,7 @@ def read_small(path: epath.Path) -> bytes:
     """What is in a file of no more than `_MOST_BYTES`, that leads nowhere else.
 
     Raises:
-      CheckpointError: it is a link, a pipe or a device, or larger.
+      CheckpointError: it is a link, a directory, a pipe or a device, or larger.
     """
     if not is_local(path):
         return path.read_bytes()
@@ -45,11 +45,14 @@ def read_small(path: epath.Path) -> bytes:
         if error.errno in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
             raise CheckpointError(f"{path}: is a symbolic link or no regular file") from None
         raise
-    with open(file, "rb") as opened:
-        status = os.fstat(file)
+    try:
+        status = os.fstat(file)  # Before `open`, which says of a directory no more than the descriptor's number.
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
             raise CheckpointError(f"{path}: is no regular file, or larger than any seal: {status.st_size:,} bytes")
-        return opened.read(_MOST_BYTES)
+        with open(file, "rb", closefd=False) as opened:
+            return opened.read(_MOST_BYTES)
+    finally:
+        os.close(file)
 
 
 def sync_file(path: epath.Path) -> None:

@@ -100,12 +100,26 @@ class Seal:
             raise CheckpointError("the seal is damaged: its checksum is not that of what it holds")
         if envelope["format"] != FORMAT:
             raise CheckpointError(f"the seal has format {envelope['format']}, wanted {FORMAT}: upgrade shardadam")
-        fields = envelope["seal"]
-        files = {path: SealedFile(**file) for path, file in fields.pop("files").items()}
-        leaves = {
-            path: SealedLeaf(**(leaf | {"shape": tuple(leaf["shape"])})) for path, leaf in fields.pop("leaves").items()
-        }
-        return cls(files=files, leaves=leaves, **fields)
+        try:
+            return cls._from_body(envelope["seal"])
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            # Its checksum is right: whoever can write seals can sum them.
+            raise CheckpointError(f"the seal is none of ours: {type(error).__name__}: {error}") from None
+
+    @classmethod
+    def _from_body(cls, body: Any) -> Self:
+        """Raises TypeError, KeyError or AttributeError where the body is not as `to_text` makes it."""
+        files = {path: SealedFile(**file) for path, file in body["files"].items()}
+        leaves = {path: SealedLeaf(**(leaf | {"shape": tuple(leaf["shape"])})) for path, leaf in body["leaves"].items()}
+        seal = cls(**(body | {"files": files, "leaves": leaves}))
+        numbers = [seal.step, *(file.size for file in files.values())]
+        numbers += [number for leaf in leaves.values() for number in (leaf.num_nonfinite, *leaf.shape)]
+        texts = [seal.run_id, seal.sealed_at, seal.origin, *(file.sha256 for file in files.values())]
+        texts += [text for leaf in leaves.values() for text in (leaf.digest, leaf.dtype)]
+        for kind, values in ((int, numbers), (str, texts)):
+            if wrong := [value for value in values if type(value) is not kind]:
+                raise TypeError(f"got {wrong[0]!r}, wanted {kind.__name__}")
+        return seal
 
 
 def described_plan(plan: Plan | None) -> dict[str, Any] | None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from shardadam.checkpoint import Checkpointer, CheckpointError
+from shardadam.checkpoint import Checkpointer, CheckpointError, seal
 from shardadam.checkpoint.seal import Seal, SealedFile
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.verify import stored_leaf_faults
@@ -113,12 +113,14 @@ def test_a_link_in_place_of_our_own_directories_leads_nowhere(saved, tmp_path, f
     assert [path.name for path in precious.iterdir()] == ["9.json"]
 
 
-@pytest.mark.parametrize("what", ["link", "device", "pipe", "large"])
+@pytest.mark.parametrize("what", ["link", "device", "pipe", "directory", "large"])
 def test_a_seal_that_leads_elsewhere_or_never_ends_is_refused(saved, tmp_path, what):
     seal = saved / "seals/2.json"
     kept = seal.rename(tmp_path / "elsewhere.json")
     if what == "pipe":
         os.mkfifo(seal)
+    elif what == "directory":
+        seal.mkdir()
     elif what == "large":
         with seal.open("wb") as file:
             file.truncate(2**40)
@@ -129,6 +131,30 @@ def test_a_seal_that_leads_elsewhere_or_never_ends_is_refused(saved, tmp_path, w
         assert checkpointer.restored_step == 1
         assert "no regular file" in checkpointer.damaged[0].why
     assert kept.exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda body: {},
+        lambda body: [],
+        lambda body: None,
+        lambda body: body | {"files": None},
+        lambda body: body | {"files": {"x": None}},
+        lambda body: body | {"files": {name: file | {"size": "1"} for name, file in body["files"].items()}},
+        lambda body: body | {"leaves": {name: leaf | {"shape": 3} for name, leaf in body["leaves"].items()}},
+        lambda body: body | {"leaves": {name: leaf | {"shape": "ab"} for name, leaf in body["leaves"].items()}},
+        lambda body: body | {"run_id": 5},
+        lambda body: body | {"surprise": 1},
+    ],
+)
+def test_a_seal_with_a_right_checksum_and_wrong_fields_is_damage(saved, change):
+    path = saved / "seals/2.json"
+    path.write_text(seal._signed(change(json.loads(path.read_text())["seal"]), seal.FORMAT))
+    with Checkpointer(saved) as checkpointer:
+        checkpointer.restore(LIKE)
+        assert checkpointer.restored_step == 1
+    assert "the seal is none of ours" in checkpointer.damaged[0].why
 
 
 @pytest.mark.parametrize("name", ["../../secret", "/etc/hostname", "state/../../../secret", "..", ""])
