@@ -55,7 +55,7 @@ class Holder:
             holder = cls(**json.loads(text))
             if holder.token.isalnum():  # It becomes part of a file's name.
                 return holder
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, RecursionError):
             pass
         return cls(
             token="unreadable", run_id="unknown", host="unknown", boot_id=None, pid_namespace=None, pid=0,

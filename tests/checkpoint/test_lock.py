@@ -135,7 +135,7 @@ def test_one_that_was_taken_for_dead_finds_out_before_it_saves(tmp_path, quick, 
     path.unlink()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "../x"}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"token": "../x"}', "[" * 100_000])
 def test_a_lock_that_cannot_be_read_goes_by_its_heartbeat(tmp_path, text, quick, monkeypatch):
     (tmp_path / lock.NAME).write_text(text)
     os.utime(tmp_path / lock.NAME, (0, 0))
