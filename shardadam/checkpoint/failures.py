@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from etils import epath
 
-from shardadam.checkpoint.errors import ElsewhereError, NotFiniteError, SaveError, errno_of
+from shardadam.checkpoint.errors import CheckpointError, ElsewhereError, NotFiniteError, SaveError, errno_of
 from shardadam.checkpoint.files import is_local
 from shardadam.checkpoint.steps import Steps, short
 
@@ -51,7 +51,7 @@ def save_error(steps: Steps, step: int, error: BaseException) -> SaveError | Not
         cause += f", in {error}" if isinstance(error, ElsewhereError) else ""
     free = f"; {_free_space(Path(where))}" if is_local(where) else ""
     remedy = f". {_REMEDIES[number]}" if number in _REMEDIES else ""
-    told = SaveError(f"step {step}: not saved in {where}: {cause}{free}; saved there: {short(steps.sealed())}{remedy}")
+    told = SaveError(f"step {step}: not saved in {where}: {cause}{free}; saved there: {_saved(steps)}{remedy}")
     told.errno = number
     return told
 
@@ -129,6 +129,13 @@ def _end_with_failure() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # The only way left: sys.exit is ignored here.
+
+
+def _saved(steps: Steps) -> str:
+    try:
+        return short(steps.sealed())
+    except (OSError, CheckpointError) as error:  # The disk, or whatever it was that failed, may not even list them.
+        return f"unknown ({error})"
 
 
 def _free_space(path: Path) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -151,6 +152,28 @@ def test_close_raises_what_was_only_warned_of(tmp_path):
         checkpointer.close()
     checkpointer.close()
     assert not list((tmp_path / "steps").glob("*tmp*"))
+
+
+def test_the_saved_steps_cannot_even_be_listed(tmp_path, caplog):
+    """As on a disk that fails: what is warned of, or raised, is the save's failure, and the run goes on."""
+    for on_error in ("warn", "raise"):
+        directory = tmp_path / on_error
+        checkpointer = Checkpointer(directory, on_error=on_error)
+        checkpointer.save(1, SMALL, wait=True)
+        seals = (directory / "seals").rename(directory / "elsewhere")
+        (directory / "seals").write_text("")
+        told = r"step 2: not saved in .*Not a directory \(ENOTDIR\).*saved there: unknown \(.*seals'\)"
+        if on_error == "warn":
+            checkpointer.save(2, SMALL, wait=True)
+            assert re.search(told, caplog.text)
+        else:
+            with pytest.raises(SaveError, match=told):
+                checkpointer.save(2, SMALL, wait=True)
+        (directory / "seals").unlink()
+        seals.rename(directory / "seals")
+        checkpointer.save(3, SMALL)
+        checkpointer.close()
+        assert checkpointer.all_steps() == [1, 3]
 
 
 def test_a_refusal_is_no_fault_of_the_disk(tmp_path):
