@@ -16,6 +16,7 @@ from etils import epath
 
 from shardadam.checkpoint.adopting import adopt
 from shardadam.checkpoint.errors import CheckpointError
+from shardadam.checkpoint.files import check_writable_name
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.restoring import Damage, Verify, chosen, read_extra, restore_newest, restore_step
 from shardadam.checkpoint.saving import Saver
@@ -66,7 +67,7 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the processes of the run do not share the directory.
-      ValueError: `max_to_keep` is less than 2, or `keep_period` less than 1.
+      ValueError: `max_to_keep` is under 2, `keep_period` under 1, or Orbax cannot write to a directory of that name.
 
     Example:
       >>> with Checkpointer("runs/a/checkpoints") as checkpointer:
@@ -94,6 +95,7 @@ class Checkpointer:
             raise ValueError(f"on_error: got {on_error!r}, wanted 'raise' or 'warn'")
         name = os.fspath(directory)
         self.directory = epath.Path(name if "://" in name else os.path.abspath(name))
+        check_writable_name(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         self.damaged: list[Damage] = []
         self.restored_step: int | None = None

@@ -12,6 +12,7 @@ from etils import epath
 
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.forms import FORMS, OWN_FIELDS, Parts, leaves, put_together, take_apart, without
+from shardadam.checkpoint.files import check_writable_name
 from shardadam.checkpoint.importing import save_imported
 from shardadam.checkpoint.source import Source, find
 from shardadam.checkpoint.steps import Steps
@@ -134,6 +135,7 @@ def export_checkpoint(
         raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
     target = as_path(path)
     if target.exists():
+    check_writable_name(target)
         raise FileExistsError(f"{target}: is there already; give a directory that is not")
     found = _find_whole(as_path(source), step)
     tree = without(found.tree, drop)

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fnmatch
 import os
 import stat
 import uuid
@@ -77,6 +78,23 @@ def existing(path: epath.Path) -> epath.Path:
     if not path.is_dir():
         raise FileNotFoundError(f"{path}: no such directory")
     return path
+
+
+def check_writable_name(directory: epath.Path) -> None:
+    """Refuses a directory to which Orbax cannot write, without saying so.
+
+    It looks for what its processes have written by a pattern that begins with the directory's name: `a[1]` is for it
+    one for `a1`. TensorStore takes a backslash for a slash.
+
+    Raises:
+      ValueError: its name, or that of one above it, is no pattern for itself, or has a backslash.
+    """
+    for name in directory.parts if is_local(directory) else ():
+        if "\\" in name or not fnmatch.fnmatchcase(name, name):
+            raise ValueError(
+                f"{directory}: Orbax and TensorStore would not write there all that they are to save, for the name "
+                f"{name!r}; give a directory without brackets and backslashes"
+            )
 
 
 def is_local(path: epath.Path) -> bool:

@@ -19,7 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, errors, failures, saving
+from shardadam.checkpoint import (
+    Checkpointer,
+    CheckpointError,
+    SaveError,
+    errors,
+    export_checkpoint,
+    failures,
+    saving,
+)
 from shardadam.checkpoint.steps import Steps
 
 ROOT = Path(__file__).parents[2]
@@ -174,6 +182,20 @@ def test_the_saved_steps_cannot_even_be_listed(tmp_path, caplog):
         checkpointer.save(3, SMALL)
         checkpointer.close()
         assert checkpointer.all_steps() == [1, 3]
+
+
+@pytest.mark.parametrize("name", ["run[1]", "lr[!a]", "a\\b"])
+def test_a_directory_that_orbax_would_not_write_to_is_refused(tmp_path, name):
+    """Steps were committed without their arrays there, and sealed."""
+    with pytest.raises(ValueError, match="would not write there all that they are to save, for the name"):
+        Checkpointer(tmp_path / name / "checkpoints")
+    with pytest.raises(ValueError, match="give a directory without brackets and backslashes"):
+        export_checkpoint(tmp_path, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+    for other in ("a[b", "a*", "b?", "c d\n"):
+        with Checkpointer(tmp_path / other) as checkpointer:
+            checkpointer.save(1, SMALL)
+        checkpointer.restore(SMALL, verify="full")
 
 
 def test_a_refusal_is_no_fault_of_the_disk(tmp_path):
