@@ -24,7 +24,7 @@ from shardadam.trainer.corpus import Corpus, load_corpus
 from shardadam.trainer.devices import build_mesh, mesh_text, start_devices
 from shardadam.trainer.evaluate import Evaluation, evaluate
 from shardadam.trainer.metrics import Metrics, NoMetrics
-from shardadam.trainer.run_dir import check_resume, refusal_to_begin, run_directory, write_run
+from shardadam.trainer.run_dir import check_resume, checkpoint_directory, refusal_to_begin, run_directory, write_run
 from shardadam.trainer.signals import StopSignals
 from shardadam.trainer.watchdog import Watchdog
 
@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> Result:
         data.check_batch(config, mesh.shape["data"])
         corpus = load_corpus(config.data, vocab_size=config.model.vocab_size, window=config.model.max_len + 1)
         check_alike(config, corpus.sha256)
-        directory = run_directory(config) / "checkpoints"
+        directory = checkpoint_directory(config)
         with (
             stop_agreement(signals.requested) as stop,
             shardadam.Checkpointer(

@@ -85,14 +85,17 @@ class NoMetrics(contextlib.nullcontext[Any]):
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last one that was cut off when the run died is left out."""
+    """The lines of a run's metrics.jsonl, up to the first that is none: it may have been cut off when the run died."""
     path = directory / "metrics.jsonl"
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not (isinstance(record, dict) and isinstance(record.get("step"), int)):
+            break
+        records.append(record)
     return records
 
 

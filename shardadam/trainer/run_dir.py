@@ -1,7 +1,7 @@
 """A run's directory: what it was started with, and whether it may go on with the config it is given now."""
 
+import contextlib
 import json
-import os
 import platform
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from etils import epath
 
+from shardadam.checkpoint.files import check_writable_name, write_durably
 from shardadam.checkpoint.steps import DAMAGED, SEALS, Steps, short
 from shardadam.trainer.config import ConfigError, DeadlineConfig, TrainConfig, dump_config
 from shardadam.trainer.metrics import read_metrics
@@ -32,6 +33,20 @@ def run_directory(config: TrainConfig) -> Path:
     return Path(config.runs_dir) / config.name
 
 
+def checkpoint_directory(config: TrainConfig) -> Path:
+    """Where the run's checkpoints live.
+
+    Raises:
+      ConfigError: they cannot be written to a directory of that name.
+    """
+    directory = run_directory(config) / "checkpoints"
+    try:
+        check_writable_name(epath.Path(directory.absolute()))
+    except ValueError as error:
+        raise ConfigError(f"'name' or 'runs_dir': {error}") from None
+    return directory
+
+
 def versions() -> dict[str, str]:
     """Versions of Python and of all that takes part in the numbers."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "shardadam")
@@ -45,14 +60,7 @@ def check_resume(config: TrainConfig, sha256: str) -> None:
       ConfigError: naming the field, what the run has, and what was given.
     """
     directory = run_directory(config)
-    try:
-        before = flat(yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8")))
-        recorded = json.loads((directory / "run.json").read_text(encoding="utf-8"))["data_sha256"]
-    except FileNotFoundError as error:
-        raise ConfigError(
-            f"{directory} has checkpoints but no {Path(error.filename).name} to say what they are of; "
-            "put it back, or choose another 'name'"
-        ) from None
+    before, recorded = flat(_recorded(directory / "config.yaml")), _recorded(directory / "run.json").get("data_sha256")
     now = flat(asdict(config))
     changed = [name for name in now if name not in MAY_CHANGE and name in before and before[name] != now[name]]
     if changed:
@@ -60,9 +68,30 @@ def check_resume(config: TrainConfig, sha256: str) -> None:
         raise ConfigError(f"{directory} was started with another config: {said}. Set it back, or choose another 'name'")
     if recorded != sha256:
         raise ConfigError(
-            f"{directory} was trained on another text: sha256 was {recorded[:16]}..., is {sha256[:16]}... (Python "
+            f"{directory} was trained on another text: sha256 was {str(recorded)[:16]}..., is {sha256[:16]}... (Python "
             f"{platform.python_version()} now). Bring that text back, or choose another 'name'"
         )
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """What `write_run` has written to a file.
+
+    Raises:
+      ConfigError: it is not there, or cannot be read.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        if isinstance(found, dict):
+            return found
+        why = f"a damaged {path.name}: it holds no fields"
+    except FileNotFoundError:
+        why = f"no {path.name}"
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        why = f"a damaged {path.name} ({' '.join(str(error).split())})"
+    raise ConfigError(
+        f"{path.parent} has checkpoints but {why} to say what they are of; put it back, or choose another 'name'"
+    )
 
 
 def refusal_to_begin(config: TrainConfig) -> str:
@@ -89,8 +118,8 @@ def _traces(directory: Path) -> list[str]:
     """Of a run without a step to go on from: what shows that there were steps."""
     checkpoints, found = directory / "checkpoints", []
     steps = Steps(epath.Path(checkpoints))
-    aside = sorted(int(seal.name.partition("-")[0]) for seal in (checkpoints / DAMAGED).glob("*.json"))
-    if aside:
+    seals = (seal.name.partition("-")[0] for seal in (checkpoints / DAMAGED).glob("*.json"))
+    if aside := sorted(int(step) for step in seals if step.isdecimal()):
         found.append(f"{short(aside)} had been saved, and are damaged: see the .txt of each in {checkpoints / DAMAGED}")
     if lost := steps.seals():
         found.append(f"{checkpoints / SEALS} has seals of {short(lost)}, whose directories are gone")
@@ -106,27 +135,25 @@ def _traces(directory: Path) -> list[str]:
 
 
 def _save_every(directory: Path) -> float:
-    """What the run was started with; infinite where nothing says."""
-    try:
-        return yaml.safe_load((directory / "config.yaml").read_text(encoding="utf-8"))["save_every"]
-    except FileNotFoundError:
-        return float("inf")
+    """What the run was started with; infinite where it was not; 0 where that cannot be read: each step may be saved."""
+    path = directory / "config.yaml"
+    with contextlib.suppress(ValueError, TypeError):  # A ConfigError, too.
+        return float(_recorded(path).get("save_every") or 0)
+    return 0 if path.exists() else float("inf")
 
 
 def write_run(config: TrainConfig, *, sha256: str, report: str, facts: dict[str, Any]) -> None:
-    """Records config, versions, the text's hash and the plan, each file whole or not at all."""
+    """Records config, versions, the text's hash and the plan, each file whole or not at all, and to outlast a crash."""
     directory = run_directory(config)
     directory.mkdir(parents=True, exist_ok=True)
     record = {"versions": versions(), "data_sha256": sha256, **facts}
-    _write(directory / "config.yaml", dump_config(config))
-    _write(directory / "run.json", json.dumps(record, indent=2) + "\n")
-    _write(directory / "plan.txt", report.rstrip() + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    files = {
+        "config.yaml": dump_config(config),
+        "run.json": json.dumps(record, indent=2) + "\n",
+        "plan.txt": report.rstrip() + "\n",
+    }
+    for name, text in files.items():  # Without them the checkpoints cannot be gone on from.
+        write_durably(epath.Path(directory / name), text)
 
 
 def flat(nested: dict[str, Any]) -> dict[str, Any]:

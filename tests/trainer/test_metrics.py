@@ -32,6 +32,12 @@ def test_going_on_replaces_what_came_after_the_checkpoint(tmp_path):
     assert [(record["step"], record["loss"]) for record in read_metrics(tmp_path)] == [(1, 1), (2, 1), (3, 1), (4, 0.5)]
 
 
+@pytest.mark.parametrize("line", [b"[]", b"null", b'{"loss": 1}', b"\xff\xfe\0", b"[" * 100_000])
+def test_a_line_that_is_none_ends_the_record(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b"\n")
+    assert read_metrics(tmp_path) == [{"step": 1}]
+
+
 def test_without_a_terminal_progress_is_lines(tmp_path):
     console = Console(file=io.StringIO(), width=100)
     with metrics(tmp_path, console=console) as out:

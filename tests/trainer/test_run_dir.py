@@ -8,7 +8,14 @@ import pytest
 from tiny import tiny_config
 
 from shardadam.trainer.config import ConfigError, load_config
-from shardadam.trainer.run_dir import check_resume, refusal_to_begin, run_directory, versions, write_run
+from shardadam.trainer.run_dir import (
+    check_resume,
+    checkpoint_directory,
+    refusal_to_begin,
+    run_directory,
+    versions,
+    write_run,
+)
 
 
 @pytest.fixture
@@ -73,6 +80,20 @@ def test_checkpoints_of_nobody_knows_what(started, name):
         check_resume(replace(started, steps=9), "ab" * 32)
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "run.json"])
+@pytest.mark.parametrize("text", ["", "[1]", '{"seed', "[" * 10_000, "\0\0"])
+def test_a_record_that_is_damaged(started, name, text):
+    """A mistake for the user to set right, exit code 2: a launcher would start such a run again and again."""
+    (run_directory(started) / name).write_text(text)
+    with pytest.raises(ConfigError, match=f"has checkpoints but a damaged {name}.*; put it back"):
+        check_resume(started, "ab" * 32)
+
+
+def test_a_directory_that_no_checkpoint_can_be_written_to(tiny):
+    with pytest.raises(ConfigError, match=r"'name' or 'runs_dir': .*without brackets"):
+        checkpoint_directory(tiny(name="run[1]"))
+
+
 def leave(started, *paths):
     """Makes these in the run's directory of checkpoints, each a step (a name that ends in /) or a file."""
     for path in (run_directory(started) / "checkpoints" / name for name in paths):
@@ -96,6 +117,7 @@ def trained_until(started, step):
         (["seals/.tmp", "100"], 100),  # Killed between Orbax's commit and the seal,
         (["seals/.tmp", "damaged/100-T-1/x", "damaged/100-T-1.txt", "100"], 100),  # and once more.
         (["seals/.tmp"], 250),  # No save has succeeded, and on_save_error is "warn".
+        (["damaged/note.json", "damaged/x-y.json"], 100),  # A user's own.
     ],
 )
 def test_what_was_never_saved_may_begin(started, left, step):
@@ -116,11 +138,14 @@ def test_what_was_never_saved_may_begin(started, left, step):
         (["4"], 0, "steps 4 are there without seals: `shardadam checkpoint adopt`"),  # `seals` was removed.
         (["seals/.tmp", "2", "4"], 0, "steps 2, 4 are there without seals"),
         ([], 101, "metrics.jsonl goes to step 101, past the first save"),  # All of `checkpoints` was.
+        ([], 1, "metrics.jsonl goes to step 1, past"),  # So it was, and nothing says how often was saved.
     ],
 )
 def test_what_was_saved_and_is_gone_is_not_begun_anew(started, left, step, message):
     leave(started, *left)
     trained_until(started, step)
+    if step == 1:
+        (run_directory(started) / "config.yaml").write_text("")
     refusal = refusal_to_begin(started)
     assert message in refusal
     assert "choose another 'name', or move" in refusal
