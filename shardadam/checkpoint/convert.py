@@ -113,7 +113,8 @@ def export_checkpoint(
       path: the directory to make.
       step: which step; default: the latest.
       to: the form to write, see `import_checkpoint`; `params` for the parameters alone.
-      dtype: of the parameters, for serving; only with `to="params"`. Integers keep theirs.
+      dtype: of the parameters, for serving, a floating one; only with `to="params"`. Integers and complex numbers keep
+        theirs.
       optimizer: see `import_checkpoint`.
       drop: keypaths to leave out.
       chunk_bytes: how much is in memory at once, or one leaf that is larger.
@@ -126,13 +127,12 @@ def export_checkpoint(
         damaged.
       FileExistsError: there is something at `path`.
       FileNotFoundError: there is no such step.
-      ValueError: `dtype` without `to="params"`.
+      ValueError: `dtype` without `to="params"`, or not a floating one; Orbax cannot write to a `path` of that name.
 
     Example:
       >>> export_checkpoint("runs/a/checkpoints", "serving/a", to="params", dtype="bfloat16")
     """
-    if dtype is not None and to != "params":
-        raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
+    dtype = None if dtype is None else _wanted_dtype(dtype, to)
     target = as_path(path)
     if target.exists():
     check_writable_name(target)
@@ -144,7 +144,7 @@ def export_checkpoint(
     parts = take_apart(tree, optimizer=optimizer)
     tree, form = _nested(tree, parts, to)
     reader: Reader = functools.partial(read, chunk_bytes=chunk_bytes)
-    write(target, tree, reader if dtype is None else _casting(reader, jnp.dtype(dtype)))
+    write(target, tree, reader if dtype is None else _casting(reader, dtype))
     return _converted(found, parts, form, target, found.step or 0, tree)
 
 
@@ -178,6 +178,16 @@ def _step_of(parts: Parts) -> int:
 
 
 def _casting(reader: Reader, dtype: np.dtype) -> Reader:
+def _wanted_dtype(dtype: Any, to: str | None) -> np.dtype:
+    """The dtype to cast parameters to."""
+    if to != "params":
+        raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return jnp.dtype(dtype)
+    raise ValueError(f"dtype: got {dtype}, wanted a floating one, such as bfloat16: others do not hold parameters")
+
+
     """A reader whose floating arrays are cast.
 
     Raises:
@@ -186,7 +196,7 @@ def _casting(reader: Reader, dtype: np.dtype) -> Reader:
 
     def cast(wanted: Sequence[Leaf]) -> Iterator[jax.Array | np.ndarray]:
         for leaf, x in zip(wanted, reader(wanted), strict=True):
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
+            if not jnp.issubdtype(x.dtype, jnp.floating):
                 yield x
                 continue
             y, overflows, largest = _cast(x, dtype)

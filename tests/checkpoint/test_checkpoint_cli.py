@@ -168,6 +168,9 @@ def test_diff_says_where_and_by_how_much(run, runs, tmp_path):
         ("export ours TMP/x --step 9", r"step 9: not in .*, which holds \[1, 2\]"),
         ("export ours TMP/x --dtype float16", "only to='params' can be cast"),
         ("import plain TMP/x --drop params/none", "--drop params/none: not in the checkpoint"),
+        ("export ours TMP/x --to params --dtype float17", "dtype: got float17, wanted a floating one"),
+        ("export ours TMP/x --to params --dtype int8", "dtype: got int8, wanted a floating one"),
+        ("adopt TMP/x 1", "x: no such directory"),
     ],
 )
 def test_what_cannot_be_done_is_exit_code_2_and_a_message(run, line, message):
