@@ -1,5 +1,6 @@
 """From a checkpoint of optax's, Flax's or nnx's state to shardadam's and back, leaf by leaf."""
 
+import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -11,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from shardadam.checkpoint.errors import CheckpointError
-from shardadam.checkpoint.forms import FORMS, OWN_FIELDS, Parts, leaves, put_together, take_apart, without
 from shardadam.checkpoint.files import check_writable_name
+from shardadam.checkpoint.forms import FORMS, OWN_FIELDS, Parts, leaves, put_together, take_apart, without
 from shardadam.checkpoint.importing import save_imported
 from shardadam.checkpoint.source import Source, find
 from shardadam.checkpoint.steps import Steps
@@ -134,8 +135,8 @@ def export_checkpoint(
     """
     dtype = None if dtype is None else _wanted_dtype(dtype, to)
     target = as_path(path)
-    if target.exists():
     check_writable_name(target)
+    if target.exists():
         raise FileExistsError(f"{target}: is there already; give a directory that is not")
     found = _find_whole(as_path(source), step)
     tree = without(found.tree, drop)
@@ -177,7 +178,6 @@ def _step_of(parts: Parts) -> int:
     return max((int(number(leaf)) for leaf in counts if not leaf.shape), default=0)
 
 
-def _casting(reader: Reader, dtype: np.dtype) -> Reader:
 def _wanted_dtype(dtype: Any, to: str | None) -> np.dtype:
     """The dtype to cast parameters to."""
     if to != "params":
@@ -188,6 +188,7 @@ def _wanted_dtype(dtype: Any, to: str | None) -> np.dtype:
     raise ValueError(f"dtype: got {dtype}, wanted a floating one, such as bfloat16: others do not hold parameters")
 
 
+def _casting(reader: Reader, dtype: np.dtype) -> Reader:
     """A reader whose floating arrays are cast.
 
     Raises:

@@ -99,7 +99,7 @@ def adam_states(tree: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
 
 def optimizer_name(state: Any) -> str:
     """How the optimizer must have been made, as far as its state tells."""
-    if state is None:
+    if state is None or isinstance(state, tuple):
         return "-"
     if isinstance(state, list):
         return f"({', '.join(map(optimizer_name, state))})"
@@ -120,7 +120,8 @@ def leaves(tree: Any, names: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]
     if isinstance(tree, dict | list):
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
         return {k: v for key, child in pairs for k, v in leaves(child, (*names, str(key))).items()}
-    return {} if tree is None else {names: tree}
+    # Orbax makes lists of tuples, but for empty ones.
+    return {} if tree is None or isinstance(tree, tuple) else {names: tree}
 
 
 def without(tree: Any, drop: Sequence[str]) -> Any:

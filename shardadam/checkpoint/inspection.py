@@ -66,7 +66,8 @@ class Contents(NamedTuple):
       step: the step's number, where a directory's name says it.
       source: how it was found.
       form: its form and optimizer, or why neither is known.
-      seal: what its seal says besides files and leaves; None without one.
+      seal: what its seal says besides files and leaves; None without one that can be read.
+      without: why there is no `seal`; empty where there is.
       nbytes: of all leaves in memory.
       leaves: each of them.
     """
@@ -76,6 +77,7 @@ class Contents(NamedTuple):
     source: str
     form: str
     seal: dict[str, Any] | None
+    without: str
     nbytes: int
     leaves: list[LeafRow]
 
@@ -145,7 +147,7 @@ def show(path: str | os.PathLike[str], *, with_digests: bool = False) -> Content
             for row, digest in zip(rows, taken, strict=True)
         ]
     nbytes = sum(row.nbytes for row in rows)
-    return Contents(os.fspath(found.path), found.step, found.kind, form, _seal(found.path), nbytes, rows)
+    return Contents(os.fspath(found.path), found.step, found.kind, form, *_seal(found.path), nbytes, rows)
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
@@ -179,14 +181,14 @@ def _step_row(steps: Steps, step: int) -> StepRow:
     return StepRow(step, state, sum(sizes.values()), len(sizes), saved_at, run_id, os.fspath(path))
 
 
-def _seal(path: epath.Path) -> dict[str, Any] | None:
+def _seal(path: epath.Path) -> tuple[dict[str, Any] | None, str]:
     if not path.name.isdecimal():
-        return None
-    seal, _ = seal_or_fault(Steps(path.parent), int(path.name))
+        return None, "no seal"
+    seal, fault = seal_or_fault(Steps(path.parent), int(path.name))
     if seal is None:
-        return None
+        return None, fault
     fields = dataclasses.asdict(dataclasses.replace(seal, files={}, leaves={}))
-    return {name: value for name, value in fields.items() if name not in ("files", "leaves", "plan")}
+    return {name: value for name, value in fields.items() if name not in ("files", "leaves", "plan")}, ""
 
 
 def _leaf_row(path: str, leaf: Leaf) -> LeafRow:

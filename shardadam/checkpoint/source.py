@@ -39,13 +39,13 @@ def find(path: epath.Path, step: int | None = None) -> Source:
 
     Raises:
       FileNotFoundError: there is no such directory, or no such step in it.
-      CheckpointError: no tree of Orbax's is there.
+      CheckpointError: no tree of Orbax's is there, or it is damaged.
     """
     own = _number(existing(path).name)
     if step is not None and own == step and _is_step(path):
         step = None
     if step is None and (path / _TREE_FILE).exists():
-        return Source(path, own, item_tree(path), "an Orbax tree")
+        return Source(path, own, _tree(path), "an Orbax tree")
     if step is None and (items := _items(path)):
         return _of_items(path, own, items)
     steps = {number: found for found in path.iterdir() if (number := _number(found.name)) is not None}
@@ -69,12 +69,12 @@ def _of_items(path: epath.Path, step: int | None, items: dict[str, epath.Path]) 
     """A step with one tree, or with several that are parts of a state, such as `params` and `opt_state`."""
     if len(items) == 1:
         ((name, item),) = items.items()
-        tree = item_tree(item)
+        tree = _tree(item)
         return Source(path, step, tree if name in _WHOLE else {name: tree}, f"item '{name}'")
     whole = [name for name in _WHOLE if name in items]
     if len(whole) == 1:
-        return Source(path, step, item_tree(items[whole[0]]), f"item '{whole[0]}' of {sorted(items)}")
-    trees = {name: item_tree(item) for name, item in items.items()}
+        return Source(path, step, _tree(items[whole[0]]), f"item '{whole[0]}' of {sorted(items)}")
+    trees = {name: _tree(item) for name, item in items.items()}
     return Source(path, step, trees, f"items {sorted(items)}")
 
 
@@ -82,6 +82,17 @@ def _items(path: epath.Path) -> dict[str, epath.Path]:
     """The trees below a step, by name; Flax's `checkpoint_7` is a step, not an item."""
     found = {x.name: x for x in sorted(path.iterdir()) if x.is_dir() and (x / _TREE_FILE).exists()}
     return {name: item for name, item in found.items() if _number(name) is None}
+
+
+def _tree(item: epath.Path) -> Any:
+    """The tree of an item; of what Orbax says where it is damaged, which may name no file, which one it is about."""
+    try:
+        return item_tree(item)
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{item}: its metadata cannot be read, it may be damaged: {what}") from error
 
 
 def _is_step(path: epath.Path) -> bool:

@@ -56,8 +56,10 @@ def _verify(args: arguments.Verify) -> int:
 
 def _adopt(args: arguments.Adopt) -> int:
     from shardadam.checkpoint import Checkpointer
+    from shardadam.checkpoint.convert import as_path
+    from shardadam.checkpoint.files import existing
 
-    with Checkpointer(args.directory) as checkpointer:
+    with Checkpointer(existing(as_path(args.directory))) as checkpointer:
         checkpointer.adopt(args.step)
     if args.json:
         return _print_json({"step": args.step})
@@ -82,7 +84,7 @@ def _show(args: arguments.Show) -> int:
     found = show(args.step, with_digests=args.digests)
     if args.json:
         return _print_json(found._asdict() | {"leaves": [row._asdict() for row in found.leaves]})
-    sealed = f"{found.seal['origin']} {found.seal['sealed_at']}" if found.seal else "no seal"
+    sealed = f"{found.seal['origin']} {found.seal['sealed_at']}" if found.seal else found.without
     print(f"{found.path}: {found.source}\n{found.form}\n{sealed}\n{len(found.leaves)} leaves, {_size(found.nbytes)}\n")
     heads = ("leaf", "dtype", "shape", "bytes", *(("digest", "NaN or inf") if args.digests else ()))
     _print_table(heads, [_cells(row)[: len(heads)] for row in found.leaves])

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -167,14 +168,47 @@ def test_diff_says_where_and_by_how_much(run, runs, tmp_path):
         ("export ours plain", "plain: is there already"),
         ("export ours TMP/x --step 9", r"step 9: not in .*, which holds \[1, 2\]"),
         ("export ours TMP/x --dtype float16", "only to='params' can be cast"),
-        ("import plain TMP/x --drop params/none", "--drop params/none: not in the checkpoint"),
         ("export ours TMP/x --to params --dtype float17", "dtype: got float17, wanted a floating one"),
         ("export ours TMP/x --to params --dtype int8", "dtype: got int8, wanted a floating one"),
         ("adopt TMP/x 1", "x: no such directory"),
+        ("import plain TMP/x --drop params/none", "--drop params/none: not in the checkpoint"),
     ],
 )
-def test_what_cannot_be_done_is_exit_code_2_and_a_message(run, line, message):
+def test_what_cannot_be_done_is_exit_code_2_and_a_message(run, tmp_path, line, message):
     assert re.search(message, run(line, code=2))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000, '{"tree_metadata": {"a": {}}}'])
+def test_metadata_that_is_damaged_is_told_with_its_place(run, tmp_path, text):
+    shutil.copytree("ours", tmp_path / "ours")
+    (tmp_path / "ours/2/state/_METADATA").write_text(text)
+    for line in ("show TMP/ours", "diff ours TMP/ours", "export TMP/ours TMP/x", "import TMP/ours/2 TMP/x"):
+        assert re.search("ours/2/state: its metadata cannot be read, it may be damaged", run(line, code=2))
+    assert "state/_METADATA: has" in run("verify TMP/ours", code=1)
+
+
+def test_show_says_what_is_the_matter_with_a_seal(run, tmp_path):
+    shutil.copytree("ours", tmp_path / "ours")
+    (tmp_path / "ours/seals/2.json").write_text("{")
+    assert "the seal is damaged: it cannot be read" in run("show TMP/ours")
+    found = run("show TMP/ours --json")
+    assert (found["seal"], found["without"][:19]) == (None, "the seal is damaged")
+    assert run("show ours --json")["without"] == ""
+    assert run("show plain --json")["without"] == "no seal"
+
+
+def test_an_empty_tuple_is_no_leaf(run, runs, tmp_path):
+    """As `optax.chain()` has for its state; Orbax keeps it as such, and not as a list."""
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "plain", runs[1] | {"more": (), "opt_state": (*runs[1]["opt_state"], ())})
+    found = run("show TMP/plain --digests --json")
+    assert (len(found["leaves"]), found["form"]) == (
+        11, "train_state: 3 parameters, optimizer (ScaleByAdamState, -, -), besides more",
+    )  # fmt: skip
+    assert run("import TMP/plain TMP/ours --json")["num_leaves"] == 11
+    assert run("export TMP/ours TMP/back --json")["num_leaves"] == 11
+    assert run("diff TMP/plain TMP/back") == "11 leaves are equal, 0 are not\n"
 
 
 class TestSealed:
