@@ -10,7 +10,7 @@ from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.files import existing
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.steps import Steps, remove_retired, retire_old, to_delete
+from shardadam.checkpoint.steps import Steps, remove_retired
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
 
 
@@ -56,6 +56,8 @@ def prune(
 ) -> Pruned:
     """Deletes the sealed steps of a directory but the newest, under the writer's lock; see `Checkpointer`.
 
+    A step whose seal cannot be read stays, and is none of the newest: to go back to, it is of no use.
+
     Args:
       directory: the `Checkpointer`'s.
       keep: how many of the newest stay, 2 or more.
@@ -72,17 +74,17 @@ def prune(
     with Checkpointer(root, max_to_keep=keep, keep_period=keep_period) as checkpointer:
         steps = Steps(root)
         if dry_run:
-            gone = to_delete(steps, keep, keep_period)
+            gone = _superfluous(steps, keep, keep_period)
             return Pruned(gone, [step for step in steps.sealed() if step not in gone])
         checkpointer.lock()
         steps.sweep()
-        wanted = to_delete(steps, keep, keep_period)
-        retire_old(steps, keep, keep_period)
-        remove_retired(steps)
-        left = steps.sealed()
-    if stuck := [step for step in wanted if step in left]:
-        raise OSError(f"{root}: steps {stuck} could not be deleted, see the log")
-    return Pruned(wanted, left)
+        gone = _superfluous(steps, keep, keep_period)
+        try:
+            for step in gone:
+                steps.retire(step)
+        finally:
+            remove_retired(steps)
+        return Pruned(gone, steps.sealed())
 
 
 def seal_or_fault(steps: Steps, step: int) -> tuple[Seal | None, str]:
@@ -93,6 +95,11 @@ def seal_or_fault(steps: Steps, step: int) -> tuple[Seal | None, str]:
         return read_seal(steps, step), ""
     except (CheckpointError, OSError) as error:
         return None, str(error)
+
+
+def _superfluous(steps: Steps, keep: int, keep_period: int | None) -> list[int]:
+    whole = [step for step in steps.sealed() if seal_or_fault(steps, step)[0] is not None]
+    return [step for step in whole[:-keep] if keep_period is None or step % keep_period]
 
 
 def _faults(steps: Steps, step: int, with_digests: bool) -> list[str]:

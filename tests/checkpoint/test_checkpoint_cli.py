@@ -252,6 +252,13 @@ class TestSealed:
         assert run("verify TMP/ours --all", code=1) == "step 3: no seal\n"
         assert run("list TMP/ours --json")[0]["state"] == "no seal"
 
+    def test_prune_counts_no_step_whose_seal_cannot_be_read(self, run, steps):
+        for step in (5, 6):
+            (steps / f"seals/{step}.json").write_text("{")
+        assert run(f"prune {steps} --keep 2 --dry-run --json") == {"deleted": [], "kept": [3, 4, 5, 6]}
+        assert run(f"prune {steps} --keep 2 --json") == {"deleted": [], "kept": [3, 4, 5, 6]}
+        run(f"verify {steps}/4")
+
     def test_prune_keeps_two_and_the_periods(self, run, steps):
         assert "would be deleted: 4; kept: 3, 5, 6" in run(f"prune {steps} --keep 2 --keep-period 3 --dry-run")
         assert [row["step"] for row in run(f"list {steps} --json")] == [3, 4, 5, 6]
