@@ -13,6 +13,8 @@ HERE = Path(__file__).parent
 GOLDENS = HERE.parent / "goldens"
 TEXTS = HERE.parent / "hlo" / "texts"
 PROGRAMS = HERE / "programs.py"
+# float32 masters of bfloat16 parameters, two microbatches accumulated as shards, clipped; a step may be skipped.
+FULL = {"master_dtype": "float32", "num_microbatches": 2, "max_grad_norm": 1.0, "skip_nonfinite": True}
 ND = "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter"
 
 # name: (topology, slices, builder, its kwargs, compiler options)
@@ -25,6 +27,8 @@ CASES = {
         "v5e optax": ("v5e:4x4", 1, "optax_step", {}, {}),
         "v5p step joint": ("v5p:2x2x4", 1, "train_step", {}, {}),
         "v5p step per axis": ("v5p:2x2x4", 1, "train_step", {"per_axis": True}, {}),
+        "v5p step per axis, stage 3": ("v5p:2x2x4", 1, "train_step", {"per_axis": True, "stage": 3}, {}),
+        "v5p step per axis, all options": ("v5p:2x2x4", 1, "train_step", {"per_axis": True, **FULL}, {}),
         "v6e step per axis": ("v6e:4x4", 1, "train_step", {"per_axis": True}, {}),
         "tpu7x step per axis": ("tpu7x:2x2x2", 1, "train_step", {"per_axis": True}, {}),
         "2 slices of v5e": ("v5e:4x4", 2, "train_step", {"per_axis": True}, {}),
@@ -34,6 +38,8 @@ CASES = {
         "h100 step joint": ("h100:1x1x8", 1, "train_step", {}, {}),
         "h100 optax": ("h100:1x2x8", 1, "optax_step", {}, {}),
         "h100 step stage 1": ("h100:1x2x8", 1, "train_step", {"stage": 1}, {}),
+        "h100 step stage 3": ("h100:1x2x8", 1, "train_step", {"stage": 3}, {}),
+        "h100 step, all options": ("h100:1x2x8", 1, "train_step", FULL, {}),
     },
 }
 # The texts that are kept whole, for the tests of shardadam.hlo to read without a compiler.

@@ -36,19 +36,19 @@ def params_and_plan(mesh, axis_name):
     return params, shardadam.make_plan(params, mesh, axis_name=axis_name, stacked_dims=stacked)
 
 
-def abstract_state(params, plan):
+def abstract_state(params, plan, **options):
     tx = shardadam.adam(1e-3, plan=plan)
-    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx), params)
+    state = jax.eval_shape(lambda p: shardadam.TrainState.create(apply_fn=None, params=p, tx=tx, **options), params)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, state.shardings)
 
 
-def train_step(target, per_axis=False, stage=2):
+def train_step(target, per_axis=False, stage=2, master_dtype=None, **options):
     """`make_train_step` over one axis, or over those of the torus one at a time."""
     mesh = target.mesh(target.torus() if per_axis else "data")
     params, plan = params_and_plan(mesh, mesh.axis_names)
-    state = abstract_state(params, plan)
+    state = abstract_state(params, plan, stage=stage, master_dtype=master_dtype)
     collective = "per_axis" if per_axis else "joint"
-    step = shardadam.make_train_step(loss_fn, state, stage=stage, collective=collective)
+    step = shardadam.make_train_step(loss_fn, state, stage=stage, collective=collective, **options)
     x = sds((mesh.size * 2, DIM), jnp.bfloat16, mesh, P(mesh.axis_names))
     return step, state, x
 
