@@ -65,7 +65,7 @@ class Steps:
         """The steps that have a seal, ascending; a step whose own directory is gone, too."""
         with contextlib.suppress(FileNotFoundError):
             names = (path.name.removesuffix(".json") for path in self._folder(SEALS).iterdir())
-            return sorted(int(name) for name in names if name.isdecimal())
+            return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
         return []
 
     def unsealed(self, at_least: int = 0) -> list[int]:
@@ -94,6 +94,14 @@ class Steps:
         if seal.step != step:
             raise CheckpointError(f"the seal is that of step {seal.step}")
         return seal
+
+    def has_readable_seal(self, step: int) -> bool:
+        """Whether `read_seal` gives a seal."""
+        try:
+            self.read_seal(step)
+        except (CheckpointError, OSError):
+            return False
+        return True
 
     def write_seal(self, seal: Seal) -> None:
         """Makes a step count as saved, in one rename."""
@@ -181,8 +189,11 @@ def remove_partial(steps: Steps, step: int | None = None) -> None:
         return
     directory = Path(steps.directory)
     left = [path for path in directory.iterdir() if PARTIAL in path.name]
-    if step is not None and step not in steps.seals():
-        left.append(directory / str(step))
+    try:
+        if step is not None and step not in steps.seals():
+            left.append(directory / str(step))
+    except (CheckpointError, OSError) as error:
+        log.warning("step %d stays in %s, with a seal or without: %s", step, directory, error)
     for path in left:
         shutil.rmtree(path, ignore_errors=True)
         if path.exists():
@@ -219,9 +230,19 @@ def make_room(steps: Steps, step: int) -> None:
 
 
 def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> list[int]:
-    """All sealed steps but the last `max_to_keep` and the multiples of `keep_period`."""
-    older = [] if max_to_keep is None else steps.sealed()[:-max_to_keep]
-    return [step for step in older if keep_period is None or step % keep_period]
+    """All sealed steps but the last `max_to_keep` and the multiples of `keep_period`, ascending.
+
+    One whose seal cannot be read stays, and is none of the last: nothing could be restored from it.
+    """
+    if max_to_keep is None:
+        return []
+    newer, found = 0, []
+    for step in reversed(steps.sealed()):
+        if newer < max_to_keep:
+            newer += steps.has_readable_seal(step)
+        elif (keep_period is None or step % keep_period) and steps.has_readable_seal(step):
+            found.append(step)
+    return found[::-1]
 
 
 def retire_old(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> None:

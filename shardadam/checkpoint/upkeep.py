@@ -10,7 +10,7 @@ from shardadam.checkpoint.convert import as_path
 from shardadam.checkpoint.errors import CheckpointError
 from shardadam.checkpoint.files import existing
 from shardadam.checkpoint.seal import Seal
-from shardadam.checkpoint.steps import Steps, remove_retired
+from shardadam.checkpoint.steps import Steps, remove_retired, to_delete
 from shardadam.checkpoint.verify import file_faults, read_seal, stored_leaf_faults
 
 
@@ -74,11 +74,11 @@ def prune(
     with Checkpointer(root, max_to_keep=keep, keep_period=keep_period) as checkpointer:
         steps = Steps(root)
         if dry_run:
-            gone = _superfluous(steps, keep, keep_period)
+            gone = to_delete(steps, keep, keep_period)
             return Pruned(gone, [step for step in steps.sealed() if step not in gone])
         checkpointer.lock()
         steps.sweep()
-        gone = _superfluous(steps, keep, keep_period)
+        gone = to_delete(steps, keep, keep_period)
         try:
             for step in gone:
                 steps.retire(step)
@@ -95,11 +95,6 @@ def seal_or_fault(steps: Steps, step: int) -> tuple[Seal | None, str]:
         return read_seal(steps, step), ""
     except (CheckpointError, OSError) as error:
         return None, str(error)
-
-
-def _superfluous(steps: Steps, keep: int, keep_period: int | None) -> list[int]:
-    whole = [step for step in steps.sealed() if seal_or_fault(steps, step)[0] is not None]
-    return [step for step in whole[:-keep] if keep_period is None or step % keep_period]
 
 
 def _faults(steps: Steps, step: int, with_digests: bool) -> list[str]:

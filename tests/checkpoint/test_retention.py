@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -154,3 +155,26 @@ def test_a_step_that_is_retired_while_others_are_removed_goes_the_next_time(tmp_
     assert [path.name.partition("-")[0] for path in (tmp_path / "trash").glob("*.json")] == ["2"]
     steps.sweep()
     assert steps.unsealed() == list((tmp_path / "trash").iterdir()) == []
+
+
+def test_a_step_whose_seal_cannot_be_read_stays_and_counts_for_none(tmp_path):
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state_of(step), wait=True)
+        for step in (3, 4):
+            checkpointer.save(step, state_of(step), wait=True)
+            (tmp_path / "seals" / f"{step}.json").write_text("{")
+        assert checkpointer.all_steps() == [2, 3, 4]
+        checkpointer.save(5, state_of(5), wait=True)
+        assert checkpointer.all_steps() == [2, 3, 4, 5]
+
+
+def test_a_file_that_is_no_seal_counts_for_none(tmp_path):
+    with Checkpointer(tmp_path, max_to_keep=2) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, state_of(step), wait=True)
+        for name in ("02", "\N{ARABIC-INDIC DIGIT TWO}", "+2", "2 "):
+            shutil.copy(tmp_path / "seals" / "2.json", tmp_path / "seals" / f"{name}.json")
+        assert checkpointer.all_steps() == [1, 2]
+        checkpointer.save(3, state_of(3), wait=True)
+        assert checkpointer.all_steps() == [2, 3]
