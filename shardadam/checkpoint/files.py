@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-import fnmatch
+import glob
 import os
 import stat
 import uuid
@@ -87,13 +87,13 @@ def check_writable_name(directory: epath.Path) -> None:
     one for `a1`. TensorStore takes a backslash for a slash.
 
     Raises:
-      ValueError: its name, or that of one above it, is no pattern for itself, or has a backslash.
+      ValueError: its name, or that of one above it, is a pattern, or has a backslash.
     """
     for name in directory.parts if is_local(directory) else ():
-        if "\\" in name or not fnmatch.fnmatchcase(name, name):
+        if "\\" in name or glob.escape(name) != name:
             raise ValueError(
                 f"{directory}: Orbax and TensorStore would not write there all that they are to save, for the name "
-                f"{name!r}; give a directory without brackets and backslashes"
+                f"{name!r}; give a directory without any of * ? [ \\ in its path"
             )
 
 

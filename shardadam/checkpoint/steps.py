@@ -258,7 +258,7 @@ def remove_retired(steps: Steps) -> None:
     """Removes the steps that were retired; what cannot be removed is logged, and tried again by the next save."""
     try:
         steps.sweep()
-    except OSError as error:
+    except (CheckpointError, OSError) as error:
         log.warning("what is left of deleted steps in %s cannot be removed: %s", steps.directory, error)
 
 

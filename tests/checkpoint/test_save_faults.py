@@ -184,15 +184,15 @@ def test_the_saved_steps_cannot_even_be_listed(tmp_path, caplog):
         assert checkpointer.all_steps() == [1, 3]
 
 
-@pytest.mark.parametrize("name", ["run[1]", "lr[!a]", "a\\b"])
+@pytest.mark.parametrize("name", ["run[1]", "lr[!a]", "a*", "a\\b"])
 def test_a_directory_that_orbax_would_not_write_to_is_refused(tmp_path, name):
     """Steps were committed without their arrays there, and sealed."""
     with pytest.raises(ValueError, match="would not write there all that they are to save, for the name"):
         Checkpointer(tmp_path / name / "checkpoints")
-    with pytest.raises(ValueError, match="give a directory without brackets and backslashes"):
+    with pytest.raises(ValueError, match="give a directory without any of"):
         export_checkpoint(tmp_path, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
-    for other in ("a[b", "a*", "b?", "c d\n"):
+    for other in ("a]b", "c d\n"):
         with Checkpointer(tmp_path / other) as checkpointer:
             checkpointer.save(1, SMALL)
         checkpointer.restore(SMALL, verify="full")

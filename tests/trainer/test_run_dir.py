@@ -90,7 +90,7 @@ def test_a_record_that_is_damaged(started, name, text):
 
 
 def test_a_directory_that_no_checkpoint_can_be_written_to(tiny):
-    with pytest.raises(ConfigError, match=r"'name' or 'runs_dir': .*without brackets"):
+    with pytest.raises(ConfigError, match=r"'name' or 'runs_dir': .*give a directory without any of"):
         checkpoint_directory(tiny(name="run[1]"))
 
 
