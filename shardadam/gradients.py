@@ -126,8 +126,8 @@ def total_and_weight(
     region = region_of(plan, collective, None)
 
     def local(params: Any, batch: Any, args: tuple[Any, ...]) -> Any:
-        zeros = map_leaves(lambda leaf, x, path: _zero_block(x, leaf, region, stage == 3), params, plan)
-        total, weight = _as_sum(loss_fn(handles(params, zeros, plan, region, stage == 3), batch, *args))
+        blocks = map_leaves(lambda leaf, x, path: _unread_block(x, leaf, region, stage == 3), params, plan)
+        total, weight = _as_sum(loss_fn(handles(params, blocks, plan, region, stage == 3), batch, *args))
         return jax.lax.psum((total, weight), region.manual)
 
     def run(params: Any, batch: Any, *args: Any) -> tuple[jax.Array, jax.Array]:
@@ -211,7 +211,7 @@ def _local_sums(
         return total * scale, (total, weight, aux)
 
     if tapped:
-        variables = map_leaves(lambda leaf, x, path: _zero_block(x, leaf, region, in_shards), params, plan)
+        variables = map_leaves(lambda leaf, x, path: _unread_block(x, leaf, region, in_shards), params, plan)
     elif in_shards:
         variables = map_leaves(lambda leaf, x, path: gather_leaf(x, leaf=leaf, region=region), params, plan)
     else:
@@ -240,10 +240,14 @@ def _as_sum(loss: Any) -> tuple[jax.Array, jax.Array]:
     return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
 
 
-def _zero_block(x: jax.Array, leaf: LeafPlan, region: Region, in_shards: bool) -> jax.Array:
-    """What a leaf's gradient is taken with respect to: zeros of its block's shape, never read."""
+def _unread_block(x: jax.Array, leaf: LeafPlan, region: Region, in_shards: bool) -> jax.Array:
+    """What a leaf's gradient is taken with respect to: infinities of its block's shape, never read.
+
+    A loss that computes with `jax.tree.leaves` of handles, a penalty of all weights, does read them: it had a gradient
+    without these leaves, and now it is not finite. (NaNs would be what jax_debug_nans finds, whatever it looks for.)
+    """
     shape = x.shape if in_shards else jax.eval_shape(lambda x: scatter_leaf(x, leaf=leaf, region=region), x).shape
-    return jnp.zeros(shape, _wide(x))
+    return jnp.full(shape, jnp.inf, _wide(x))
 
 
 def _sum_over(f: Callable[[Any], Any], microbatches: Any) -> Any:

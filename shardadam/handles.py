@@ -57,6 +57,9 @@ def gather(params: Any) -> Any:
     layer's gradient is reduce-scattered inside the backward scan. At stage 3 a layer is all-gathered there too; with
     `jax.checkpoint` around the body it is not kept for the backward pass, but gathered once more.
 
+    A penalty of all weights gathers them, too: `optax.tree.norm(shardadam.gather(params))`. Without it the loss is not
+    finite, as the leaves of a handle are no parameter.
+
     Args:
       params: a tree of arrays and handles. Arrays are returned as they are, so that the same model runs without a step.
 

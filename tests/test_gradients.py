@@ -175,6 +175,27 @@ def test_a_stacked_leaf_that_is_not_gathered_says_so(kind, data_mesh):
         jax.eval_shape(shardadam.value_and_grad(loss, plan), params, jax.ShapeDtypeStruct((8, 64), jnp.float32))
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_penalty_of_stacked_leaves_that_are_not_gathered_is_not_finite(stage, data_mesh):
+    plan, params = planned("data")
+
+    def penalized(params, batch, gather):
+        squares = [jnp.sum(x**2) for x in jax.tree.leaves(gather(params))]
+        return mean_loss(params, batch) + sum(squares) / 100
+
+    given = shardadam.pack_params(params, plan) if stage == 3 else params
+
+    def differentiated(gather):
+        loss_fn = functools.partial(penalized, gather=gather)
+        return jax.jit(shardadam.value_and_grad(loss_fn, plan, stage=stage))(given, batch_of(data_mesh))
+
+    assert not jnp.isfinite(differentiated(lambda params: params)[0])
+    loss, grads = differentiated(shardadam.gather)
+    wanted, expected = jax.value_and_grad(penalized)(host_tree(), batch_of(None), shardadam.gather)
+    np.testing.assert_allclose(loss, wanted, rtol=1e-5)
+    assert_close(grads, expected, plan)
+
+
 def test_a_plan_without_devices_is_refused_where_there_are_some(data_mesh):
     plan = shardadam.make_plan({"w": jax.ShapeDtypeStruct((16, 64), jnp.float32)}, {"data": 8})
     before = shardadam.value_and_grad(mean_loss, plan), shardadam.total_and_weight(mean_loss, plan)
