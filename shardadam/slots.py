@@ -80,7 +80,7 @@ def logical_slots(tree: Any, plan: Plan) -> list[Slot]:
     def misfit(field: str, path: str, shape: tuple[int, ...]) -> Exception:
         return NotElementwise(f"`{field}` of `{path}` has shape {shape}, the parameter {plan.leaves[path].shape}")
 
-    split = {leaf.shape for _, leaf in plan.items if leaf.layout != "whole"}
+    split = {leaf.shape for _, leaf in plan.items if leaf.shape and leaf.layout != "whole"}
     slots = []
     for keypath, x in jax.tree_util.tree_flatten_with_path(tree)[0]:
         slot = _slot(keypath, jnp.shape(x), plan, lambda leaf: leaf.shape, misfit)
