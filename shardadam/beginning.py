@@ -83,6 +83,23 @@ def begin_opt_state(tx: Any, beginning: Beginning, plan: Plan, *, mesh: Mesh | N
     return jax.jit(init)(beginning.optimized) if ours and mesh is not None else init(beginning.optimized)
 
 
+def untied(params: Any) -> Any:
+    """Parameters with a copy of each array that is there once more: a step could not donate its memory twice.
+
+    XLA refuses that on one device of several, the others wait for it in vain, and the process is aborted after 40 s.
+    """
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or not isinstance(x, jax.Array):
+            return x
+        again = id(x) in seen
+        seen.add(id(x))
+        return jnp.copy(x) if again else x
+
+    return jax.tree.map(own, params)
+
+
 def placed(mesh: Mesh, x: Any) -> bool:
     """Whether a leaf has its place on the mesh, or is abstract and needs none."""
     sharding = getattr(x, "sharding", None)

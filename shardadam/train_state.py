@@ -14,13 +14,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.apply import Applied, apply_on_shards
-from shardadam.beginning import begin_opt_state, begin_params, placed
+from shardadam.beginning import begin_opt_state, begin_params, placed, untied
 from shardadam.loss_scale import LossScale, first_loss_scale
 from shardadam.placement import ambient_mesh, bind
 from shardadam.plan import Plan, make_plan
 from shardadam.sharding import audit, constrain, map_leaves, named_sharding, state_shardings
 from shardadam.transformation import ShardedTransformation
-from shardadam.validation import check_choice, check_scale
+from shardadam.validation import check_choice, check_floating, check_scale
 
 
 class TrainState(train_state.TrainState):
@@ -66,7 +66,7 @@ class TrainState(train_state.TrainState):
         Args:
           apply_fn: usually `model.apply`.
           params: a tree of arrays, or of tracers under `jit` and `eval_shape`. Those that are not on the plan's mesh
-            yet are placed there.
+            yet are placed there. Of an array that is there twice each leaf is trained by itself.
           tx: `shardadam.adam(...)` or one of its family, alone or within optax's combinators.
           plan: default: the plan that `tx` has or makes; within an optax combinator, which hides it, one made from the
             mesh and the specs of `params`.
@@ -83,7 +83,7 @@ class TrainState(train_state.TrainState):
           A `TrainState`.
 
         Raises:
-          ValueError: no plan was given and none can be made; a stage that there is not; a bad loss_scale.
+          ValueError: no plan was given and none can be made; a stage that there is not; a bad loss_scale or master_dtype.
           ShardingError: `tx` made a state that is not where the plan says.
 
         Example:
@@ -97,6 +97,8 @@ class TrainState(train_state.TrainState):
         check_choice("stage", stage, (1, 2, 3))
         if loss_scale is not None:
             check_scale("loss_scale", loss_scale)
+        check_floating("master_dtype", master_dtype)
+        params = untied(params)
         trained = _trained(params)
         if plan is None:
             plan = tx.plan_of(trained) if isinstance(tx, ShardedTransformation) else None
