@@ -23,7 +23,15 @@ from shardadam.layout import LeafPlan, entries
 from shardadam.plan import Plan
 from shardadam.precision import widest
 from shardadam.sharding import map_leaves
-from shardadam.validation import check_batch, check_choice, check_count, check_devices, check_reduce_dtype
+from shardadam.validation import (
+    check_batch,
+    check_choice,
+    check_count,
+    check_devices,
+    check_floating,
+    check_loss,
+    check_pair,
+)
 
 
 def value_and_grad(
@@ -69,7 +77,7 @@ def value_and_grad(
     check_count("num_microbatches", num_microbatches)
     check_choice("accumulate", accumulate, ("shards", "local"))
     check_choice("collective", collective, ("joint", "per_axis", "auto"))
-    check_reduce_dtype(reduce_dtype)
+    check_floating("reduce_dtype", reduce_dtype)
     check_devices(plan.mesh)
     region = region_of(plan, collective, reduce_dtype)
     in_shards = stage == 3
@@ -204,6 +212,8 @@ def _local_sums(
     def summed(variables: Any, microbatch: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Any]]:
         given = handles(params, variables, plan, region, in_shards) if tapped else variables
         out = loss_fn(given, microbatch, *args)
+        if has_aux:
+            check_pair(out)
         loss, aux = out if has_aux else (out, None)
         total, weight = _as_sum(loss)
         # Summed in float32 over microbatches and devices, whatever they are: 8 times True is no bool.
@@ -236,8 +246,9 @@ def _local_sums(
 
 def _as_sum(loss: Any) -> tuple[jax.Array, jax.Array]:
     """What a loss function returned as (sum, weight) in float32: a mean is a sum of weight 1."""
+    check_loss(loss)
     total, weight = loss if isinstance(loss, tuple) else (loss, 1.0)
-    return total.astype(jnp.float32), jnp.asarray(weight, jnp.float32)
+    return jnp.asarray(total).astype(jnp.float32), jnp.asarray(weight, jnp.float32)
 
 
 def _unread_block(x: jax.Array, leaf: LeafPlan, region: Region, in_shards: bool) -> jax.Array:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from shardadam.apply import apply_on_shards, global_norm, unsplit
 from shardadam.communication import resolve_collective
 from shardadam.gradients import value_and_grad
-from shardadam.validation import check_choice, check_scale
+from shardadam.plan import Plan
+from shardadam.validation import check_choice, check_max_norm, check_scale
 
 _FP8_STATISTICS = "_overwrite_with_gradient"  # flax.linen.fp8_ops.OVERWRITE_WITH_GRADIENT: the core imports no Flax.
 
@@ -64,7 +65,8 @@ def make_train_step(
       those of this step, also of a skipped one.
 
     Raises:
-      ValueError: a bad option, or one that the state was not created for; a state with Flax's fp8 statistics.
+      ValueError: a bad option, or one that the state was not created for; a state with Flax's fp8 statistics. The
+        step raises it of a state with another plan or stage than it was made for, and of a bad batch or loss.
 
     References:
       Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019 (arXiv 1910.02054).
@@ -73,8 +75,7 @@ def make_train_step(
     _check_params(state)
     stage = _check_stage(stage, state)
     dynamic = _check_loss_scale(loss_scale, state)
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"max_grad_norm: got {max_grad_norm!r}, wanted a number above 0, or None")
+    check_max_norm("max_grad_norm", max_grad_norm)
     skipping = dynamic or (state.num_skipped is not None if skip_nonfinite is None else skip_nonfinite)
     plan, tx = state.plan, state.tx
     reduced = unsplit(plan, plan.leaves) if stage == 1 else plan
@@ -100,6 +101,7 @@ def make_train_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state: Any, batch: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+        _check_state(state, plan, stage, dynamic)
         scale = state.loss_scale.scale if dynamic else loss_scale
         loss, grads = differentiate(state.params, batch, *args, loss_scale=scale)
         loss, aux = loss if has_aux else (loss, None)
@@ -136,6 +138,27 @@ def _check_params(state: Any) -> None:
             "each device would make its own statistics of its part of the batch; take jax.grad of the loss over the "
             "whole batch and state.apply_gradients(grads=grads)"
         )
+
+
+def _check_state(state: Any, plan: Plan, stage: int, dynamic: bool) -> None:
+    """Refuses a state of another kind than the step was made for: it would be moved to where that one's lies."""
+    if _places(state.plan) != _places(plan):
+        got = "another plan"
+    elif (state.stage == 3) != (stage == 3):
+        got = f"stage={state.stage}"
+    elif dynamic and state.loss_scale is None:
+        got = "no loss_scale"
+    else:
+        return
+    raise ValueError(
+        f"state: got one with {got}, wanted one like the state that this step was made with, stage={stage} and "
+        f"{'a dynamic' if dynamic else 'no dynamic'} loss_scale; make_train_step makes a step for the other"
+    )
+
+
+def _places(plan: Plan) -> Any:
+    """Where a plan has everything, whatever the devices: a plan of an abstract state may have none."""
+    return plan.items, plan.axis_names, tuple(plan.mesh.shape.items())
 
 
 def _check_stage(stage: Any, state: Any) -> Literal[1, 2, 3]:

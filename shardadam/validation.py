@@ -1,10 +1,11 @@
 """Checks of what a train step is given: options and batches, each refused by its name before anything is traced."""
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 
@@ -21,7 +22,7 @@ def check_choice(name: str, got: Any, choices: tuple[Any, ...]) -> None:
 
 def check_count(name: str, got: Any) -> None:
     """Refuses a count that is not 1 or more."""
-    if not isinstance(got, int) or got < 1:
+    if not isinstance(got, Integral) or isinstance(got, bool) or got < 1:
         raise ValueError(f"{name}: got {got!r}, wanted a number, 1 or more")
 
 
@@ -32,10 +33,43 @@ def check_scale(name: str, got: Any) -> None:
         raise ValueError(f"{name}: got {got!r}, wanted a number above 0 that is finite in float32, 'dynamic' or None")
 
 
-def check_reduce_dtype(reduce_dtype: Any) -> None:
-    """Refuses a dtype that rounds gradients to integers."""
-    if reduce_dtype is not None and not jnp.issubdtype(reduce_dtype, jnp.floating):
-        raise ValueError(f"reduce_dtype: got {reduce_dtype!r}, wanted a floating dtype such as jnp.bfloat16, or None")
+def check_max_norm(name: str, got: Any) -> None:
+    """Refuses a norm that is no bound: of an infinite one, clipped gradients would be NaN."""
+    limits = jnp.finfo(jnp.float32)
+    if got is not None and not float(limits.tiny) <= float(got) <= float(limits.max):
+        raise ValueError(f"{name}: got {got!r}, wanted a number above 0 that is finite in float32, or None")
+
+
+def check_floating(name: str, dtype: Any) -> None:
+    """Refuses a dtype that rounds to integers."""
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name}: got {dtype!r}, wanted a floating dtype such as jnp.bfloat16, or None")
+
+
+def check_loss(loss: Any) -> None:
+    """Refuses what is neither a scalar nor a pair of them: a weight for each row would be broadcast over gradients."""
+    parts = loss if isinstance(loss, tuple) else (loss, 1.0)
+    if len(parts) != 2 or not all(map(_is_scalar, parts)):
+        got = ", ".join(map(_described, parts if isinstance(loss, tuple) else [loss]))
+        raise ValueError(
+            f"loss_fn: got a loss of {got}; wanted a scalar, the mean over the batch it is given, or (sum, weight) of "
+            "two scalars; what else it returns is aux: (loss, aux), with has_aux=True"
+        )
+
+
+def check_pair(out: Any) -> None:
+    """Refuses what is not (loss, aux)."""
+    if not isinstance(out, tuple | list) or len(out) != 2:
+        got = ", ".join(map(_described, out if isinstance(out, tuple | list) else [out]))
+        raise ValueError(f"loss_fn: got {got}, wanted (loss, aux), as has_aux=True says")
+
+
+def _is_scalar(x: Any) -> bool:
+    return isinstance(x, Real | jax.Array | np.ndarray | np.generic) and jnp.shape(x) == () and jnp.isrealobj(x)
+
+
+def _described(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}" if isinstance(x, jax.Array | np.ndarray | np.generic) else repr(x)[:60]
 
 
 def check_devices(mesh: Mesh | AbstractMesh) -> None:
@@ -51,7 +85,7 @@ def check_devices(mesh: Mesh | AbstractMesh) -> None:
 def check_batch(batch: Any, num_devices: int, num_microbatches: int) -> None:
     """Refuses a batch whose leading dims cannot be dealt out over devices and microbatches."""
     for keypath, x in jax.tree_util.tree_leaves_with_path(batch):
-        if not jnp.ndim(x) or jnp.shape(x)[0] % (num_devices * num_microbatches):
+        if not jnp.ndim(x) or not jnp.shape(x)[0] or jnp.shape(x)[0] % (num_devices * num_microbatches):
             name = f"batch{jax.tree_util.keystr(keypath)}"
             raise ValueError(
                 f"{name}: got shape {jnp.shape(x)}, wanted a leading dim that divides by {num_devices} devices x "

@@ -147,9 +147,36 @@ def test_aux_is_averaged_and_the_batch_is_checked(data_mesh):
         np.testing.assert_allclose(aux[name], np.float32(x), rtol=1e-6)
     with pytest.raises(ValueError, match=r"batch: got shape \(55, 64\), wanted a leading dim that divides by 8"):
         f(params, batch_of(None, 55))
+    with pytest.raises(ValueError, match=r"batch: got shape \(0, 64\)"):
+        f(params, batch_of(None)[:0])
     for options in ({"num_microbatches": 0}, {"accumulate": "no"}, {"collective": "no"}):
         with pytest.raises(ValueError, match=next(iter(options))):
             shardadam.value_and_grad(mean_loss, plan, **options)
+
+
+BAD_LOSSES = {
+    "a weight for each row": (lambda h: (jnp.sum(h), jnp.ones(len(h))), False, r"float32\[\], float32\[7\]"),
+    "a weight of one row": (lambda h: (jnp.sum(h), jnp.ones(1)), False, r"float32\[\], float32\[1\]"),
+    "no sum": (lambda h: jnp.sum(h, axis=1), False, r"float32\[7\]"),
+    "three": (lambda h: (jnp.sum(h), 1.0, 2.0), False, r"float32\[\], 1.0, 2.0"),
+    "a list": (lambda h: [jnp.sum(h), 1.0], False, r"a loss of \["),
+    "aux unsaid": (lambda h: (jnp.mean(h), {"h": 1.0}), False, r"float32\[\], {'h': 1.0}"),
+    "nothing": (lambda h: None, False, "a loss of None"),
+    "no aux": (jnp.mean, True, r"got float32\[\], wanted \(loss, aux\)"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LOSSES)
+def test_what_is_no_loss_is_refused(kind, data_mesh):
+    bad, has_aux, said = BAD_LOSSES[kind]
+    plan, params = planned("data")
+    batch = batch_of(None)
+    f = shardadam.value_and_grad(lambda p, b: bad(forward(p, b)), plan, has_aux=has_aux)
+    with pytest.raises(ValueError, match=f"loss_fn: got .*{said.removeprefix('got ')}"):
+        jax.eval_shape(f, params, batch)
+    if not has_aux:
+        with pytest.raises(ValueError, match="loss_fn: got a loss of"):
+            jax.eval_shape(shardadam.total_and_weight(lambda p, b: bad(forward(p, b)), plan), params, batch)
 
 
 FORGOTTEN = {

@@ -214,8 +214,13 @@ def test_bad_options_are_refused():
     state = shardadam.TrainState.create(apply_fn=None, params=params, tx=shardadam.adam(1e-2, plan=plan))
     with pytest.raises(ValueError, match=r"stage: got 4, wanted 1, 2 or 3"):
         shardadam.make_train_step(mean_loss, state, stage=4)
-    with pytest.raises(ValueError, match=r"max_grad_norm: got 0"):
-        shardadam.make_train_step(mean_loss, state, max_grad_norm=0)
+    for norm in (0, np.nan, np.inf, 1e39):
+        with pytest.raises(ValueError, match=r"max_grad_norm: got .*, wanted a number above 0 that is finite"):
+            shardadam.make_train_step(mean_loss, state, max_grad_norm=norm)
+    with pytest.raises(ValueError, match=r"num_microbatches: got True"):
+        shardadam.make_train_step(mean_loss, state, num_microbatches=True)
+    with pytest.raises(ValueError, match=r"master_dtype: got .*int32.*, wanted a floating dtype"):
+        shardadam.TrainState.create(apply_fn=None, params=params, tx=state.tx, master_dtype=jnp.int32)
     with pytest.raises(ValueError, match=r"got 3, and the state was created for stage 2: its parameters are whole"):
         shardadam.make_train_step(mean_loss, state, stage=3)
     with pytest.raises(ValueError, match=r"loss_scale: got 'dynamic', and the state has none"):
