@@ -130,8 +130,9 @@ def _walk(program: Program, name: str, place: _Place) -> Iterator[CollectiveOp]:
             yield found._replace(op="reduce-scatter", name=x.name, wire_bytes=sent, source=_source(x) or found.source)
         elif x.op == "while":
             trips = trip_count(program, computation, x)
-            times = None if trips is None or place.times is None else trips * place.times
-            yield from _walk(program, x.called("body")[0], place._replace(times=times, loop=x.name))
+            for called, more in (("condition", 1), ("body", 0)):  # A condition is looked at once more, to end.
+                times = None if trips is None or place.times is None else (trips + more) * place.times
+                yield from _walk(program, x.called(called)[0], place._replace(times=times, loop=x.name))
         elif not _continues(program, x):
             starts = x.op.endswith("-start") or _starts(program, x)
             for callee in _callees(x):

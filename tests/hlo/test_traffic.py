@@ -109,6 +109,16 @@ def test_an_unknown_trip_count_is_none(data_mesh):
     assert "an unknown number of times" in str(op)
 
 
+def test_what_a_loops_condition_sums_is_found(data_mesh):
+    def local(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(jax.lax.psum(x, "data")) < 100, lambda x: x * 2, x)
+
+    f = jax.shard_map(local, mesh=data_mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    (op,) = shardadam.collectives(jax.jit(f).lower(jnp.ones(96)).compile())
+    assert (op.op, op.operand_bytes, op.times) == ("all-reduce", 4 * 96, None)
+    assert op.loop is not None
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         shardadam.collectives("HloModule nothing")
