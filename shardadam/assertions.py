@@ -15,6 +15,7 @@ from shardadam.plan import Plan
 
 _WANTED = ("all-reduce", "reduce-scatter", "all-gather")
 _SCALARS = 64  # XLA:GPU joins all-reduces of scalars into one of a short array: up to here they count as scalars.
+_FEW_BYTES = 2**16  # What all scalars of a step may send beside the plan's bytes: some for each layer and microbatch.
 
 
 def assert_collectives(
@@ -32,7 +33,8 @@ def assert_collectives(
     """Fails where a compiled step, or update, moves other data than its plan says, with the offending instructions.
 
     Over the plan's axes there may be reduce-scatters and all-gathers, and all-reduces of scalars and of leaves that
-    stay whole (at stage 1: of every leaf).
+    stay whole (at stage 1: of every leaf). Scalars are of up to 64 elements; where all of them together send more than
+    64 KiB they count with the plan's bytes.
 
     Args:
       compiled: what `jax.jit(step).lower(...).compile()` returns, or its text. Its mesh is the plan's.
@@ -119,7 +121,10 @@ def _widest(dtype: np.dtype) -> np.dtype:
 def _excess(
     ops: list[CollectiveOp], plan: Plan, stage: Literal[1, 2, 3], num_reductions: int, reduce_dtype: Any, ratio: float
 ) -> list[str]:
-    """What is wrong with the bytes of all collectives but those of scalars: in all, and in the wider dtypes."""
+    """What is wrong with the bytes of all collectives but those of a few scalars: in all, and in the wider dtypes."""
+    scalars = [op for op in ops if all(x.size <= _SCALARS for x in op.operands)]
+    if sum(op.total_wire_bytes or 0 for op in scalars) <= _FEW_BYTES:
+        scalars = []
     arrays = [op for op in ops if any(x.size > _SCALARS for x in op.operands)]
     unknown = [op for op in arrays if op.total_wire_bytes is None]
     if unknown:
@@ -132,7 +137,7 @@ def _excess(
         reduced, gathered = _budget(plan, stage, num_reductions, reduce_dtype, width)
         gathers = [op for op in wide if op.op == "all-gather"]
         others = [op for op in wide if op.op != "all-gather"]
-        rows = [(gathers, gathered), (others, reduced)] if width else [(wide, reduced + gathered)]
+        rows = [(gathers, gathered), (others, reduced)] if width else [(wide + scalars, reduced + gathered)]
         faults += [fault for ops, budget in rows if (fault := _over(ops, budget, width, ratio))]
     return faults
 

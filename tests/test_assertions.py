@@ -96,6 +96,21 @@ def test_bytes_beyond_the_plans_and_loops_of_unknown_length(data_mesh):
         shardadam.assert_collectives(endless, plan)
 
 
+def test_a_gradient_that_is_all_reduced_row_by_row_is_no_scalar(data_mesh):
+    plan = shardadam.make_plan({"w": jnp.ones((1024, 64))}, data_mesh)
+
+    def compiled(num_rows):
+        def rows(x):
+            return jax.lax.map(lambda row: jax.lax.psum(row, "data"), x[:num_rows])
+
+        f = jax.shard_map(rows, mesh=data_mesh, in_specs=P(), out_specs=P(), check_vma=False)
+        return jax.jit(f).lower(jnp.ones((1024, 64))).compile()
+
+    shardadam.assert_collectives(compiled(128), plan, num_reductions=0)
+    with pytest.raises(AssertionError, match=r"458,752 bytes on the wire, the plan has 229,376 .*1,?024 x all-reduce"):
+        shardadam.assert_collectives(compiled(1024), plan, num_reductions=0)
+
+
 def test_layers_are_gathered_for_each_microbatch_at_stage_3(data_mesh):
     params, plan = params_and_plan(data_mesh, ("data",))
     tx = shardadam.adam(1e-3, plan=plan)
