@@ -83,7 +83,8 @@ class TrainState(train_state.TrainState):
           A `TrainState`.
 
         Raises:
-          ValueError: no plan was given and none can be made; a stage that there is not; a bad loss_scale or master_dtype.
+          ValueError: no plan was given and none can be made; a stage that there is not; a bad loss_scale or
+            master_dtype.
           ShardingError: `tx` made a state that is not where the plan says.
 
         Example:
