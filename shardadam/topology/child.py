@@ -37,16 +37,14 @@ def compile_case(request: dict[str, Any]) -> dict[str, str]:
         versions = _versions(topology)
     except importlib.metadata.PackageNotFoundError as error:
         return {"missing": str(error.name)}
-    import jax
-
     from shardadam.hlo import memory
     from shardadam.topology.compiling import cache_key
     from shardadam.topology.target import load_target
 
     target = load_target(topology)
-    step, *args = _load(request["build"])(target, **request["kwargs"])
+    step, args, mesh = check_built(_load(request["build"])(target, **request["kwargs"]))
     lowered = step.lower(*args)
-    order = [device.id for device in jax.tree.leaves(args)[0].sharding.mesh.devices.flat]
+    order = [device.id for device in mesh.devices.flat]
     key = cache_key(lowered.as_text(), order, str(topology), request["compiler_options"], versions)
     path = Path(request["cache_dir"], f"{key}.json.gz")
     if not path.exists():
@@ -63,6 +61,26 @@ def compile_case(request: dict[str, Any]) -> dict[str, str]:
         }
         _write(path, result)
     return {"path": str(path)}
+
+
+def check_built(built: Any) -> tuple[Any, list[Any], Any]:
+    """What a builder returned, as (step, arguments, the mesh of the first that is on one).
+
+    Raises:
+      ValueError: it is no jitted step with arguments, or none of these says its devices.
+    """
+    import jax
+
+    step, *args = built if isinstance(built, tuple | list) and built else (built,)
+    shardings = [getattr(x, "sharding", None) for x in jax.tree.leaves(args)]
+    meshes = [sharding.mesh for sharding in shardings if hasattr(sharding, "mesh")]
+    if not hasattr(step, "lower") or not meshes:
+        got = f"{type(step).__name__} and {len(args)} arguments, {len(meshes)} of their leaves on a mesh"
+        raise ValueError(
+            f"build: it returned {got}; wanted (step, *args): what jax.jit makes, and trees of jax.ShapeDtypeStruct "
+            "with shardings on target.mesh(...)"
+        )
+    return step, args, meshes[0]
 
 
 def _load(name: str) -> Any:

@@ -2,10 +2,15 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from shardadam.topology import CompilationError, MissingExtraError, compile_for, parse_topology
 from shardadam.topology.accelerators import h100_config
+from shardadam.topology.child import check_built
 from shardadam.topology.compiling import _import_path, builder_name
 
 
@@ -86,6 +91,17 @@ def test_a_process_that_dies_or_hangs_is_reported(tmp_path):
         compile_for("v5e:2x2", "a.b:c", python=str(dies))
     with pytest.raises(CompilationError, match=r"2 x v5e:2x2: not compiled after 0.5 s; killed"):
         compile_for("v5e:2x2", "a.b:c", num_slices=2, python=str(hangs), timeout_seconds=0.5)
+
+
+def test_what_a_builder_returns_is_checked():
+    mesh = jax.make_mesh((1,), ("data",))
+    step, scalar = jax.jit(lambda t, x: t * x), jax.ShapeDtypeStruct((), jnp.float32)
+    x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=NamedSharding(mesh, P()))
+    # An argument that says no place may come first.
+    assert check_built((step, scalar, x)) == (step, [scalar, x], mesh)
+    for built in (None, step, (step,), (step, scalar), (lambda x: x, x), ()):
+        with pytest.raises(ValueError, match=r"build: it returned .*; wanted \(step, \*args\)"):
+            check_built(built)
 
 
 def test_importing_starts_nothing():
