@@ -65,7 +65,9 @@ def check_pair(out: Any) -> None:
 
 
 def _is_scalar(x: Any) -> bool:
-    return isinstance(x, Real | jax.Array | np.ndarray | np.generic) and jnp.shape(x) == () and jnp.isrealobj(x)
+    if not isinstance(x, Real | jax.Array | np.ndarray | np.generic):
+        return False
+    return jnp.ndim(x) == 0 and not jnp.iscomplexobj(x)
 
 
 def _described(x: Any) -> str:
