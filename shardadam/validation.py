@@ -65,9 +65,9 @@ def check_pair(out: Any) -> None:
 
 
 def _is_scalar(x: Any) -> bool:
-    if not isinstance(x, Real | jax.Array | np.ndarray | np.generic):
-        return False
-    return jnp.ndim(x) == 0 and not jnp.iscomplexobj(x)
+    if isinstance(x, jax.Array | np.ndarray | np.generic):
+        return x.shape == () and not jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return isinstance(x, Real)
 
 
 def _described(x: Any) -> str:
