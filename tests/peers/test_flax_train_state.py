@@ -34,7 +34,8 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        x = nn.Dense(32)(x)
+        # Without a bias: BatchNorm takes it off again, its gradient is rounding alone, and Adam makes steps of it.
+        x = nn.Dense(32, use_bias=False)(x)
         x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(x)
         x = nn.Dropout(rate=0.25, deterministic=not train)(jnp.tanh(x))
         return nn.Dense(5)(x)
