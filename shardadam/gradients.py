@@ -254,8 +254,8 @@ def _as_sum(loss: Any) -> tuple[jax.Array, jax.Array]:
 def _unread_block(x: jax.Array, leaf: LeafPlan, region: Region, in_shards: bool) -> jax.Array:
     """What a leaf's gradient is taken with respect to: infinities of its block's shape, never read.
 
-    A loss that computes with `jax.tree.leaves` of handles, a penalty of all weights, does read them: it had a gradient
-    without these leaves, and now it is not finite. (NaNs would be what jax_debug_nans finds, whatever it looks for.)
+    A loss that computes with `jax.tree.leaves` of handles, as a penalty of all weights, does read them, and is not
+    finite: with zeros its gradient would lack these leaves in silence. (Not NaNs, which jax_debug_nans would find.)
     """
     shape = x.shape if in_shards else jax.eval_shape(lambda x: scatter_leaf(x, leaf=leaf, region=region), x).shape
     return jnp.full(shape, jnp.inf, _wide(x))
