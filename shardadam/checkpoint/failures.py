@@ -33,42 +33,6 @@ _REMEDIES = {
 log = logging.getLogger("shardadam.checkpoint")
 
 
-def save_error(steps: Steps, step: int, error: BaseException) -> SaveError | NotFiniteError:
-    """An error that says what the save of a step failed with, how much space is free, and which steps are there.
-
-    Args:
-      steps: those of the directory.
-      step: which was not saved.
-      error: what Orbax, tensorstore or the operating system raised.
-    """
-    if isinstance(error, SaveError | NotFiniteError):
-        return error  # It says all that itself.
-    where, cause, number = steps.directory, f"{type(error).__name__}: {error}", errno_of(error)
-    if is_local(where) and not os.path.isdir(where):
-        number, cause = errno.ENOENT, "the directory is gone"
-    elif number is not None:
-        cause = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
-        cause += f", in {error}" if isinstance(error, ElsewhereError) else ""
-    free = f"; {_free_space(Path(where))}" if is_local(where) else ""
-    remedy = f". {_REMEDIES[number]}" if number in _REMEDIES else ""
-    told = SaveError(f"step {step}: not saved in {where}: {cause}{free}; saved there: {_saved(steps)}{remedy}")
-    told.errno = number
-    return told
-
-
-def explained(wait: Callable[[], None], steps: Steps, step: int) -> None:
-    """Waits for the save of a step; what that raises is raised as a `save_error`."""
-    try:
-        wait()
-    except Exception as error:
-        raise save_error(steps, step, error) from error
-
-
-def raise_it(error: Exception) -> NoReturn:
-    """Raises an error."""
-    raise error
-
-
 class SamePlace:
     """Notices that a directory was removed, replaced or unmounted, also where another is there under its name."""
 
@@ -79,13 +43,61 @@ class SamePlace:
             self._open = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
             weakref.finalize(self, os.close, self._open)
 
+    def lost(self) -> str:
+        """What has become of the directory; empty where it is the same."""
+        if self._path is None:
+            return ""
+        was = os.fstat(self._open)
+        try:
+            now = os.stat(self._path)
+        except OSError:
+            return "is gone"
+        return "" if (was.st_dev, was.st_ino) == (now.st_dev, now.st_ino) else "was replaced by another"
+
     def check(self) -> None:
         """Raises FileNotFoundError where it is no longer the same directory."""
-        if self._path is None:
-            return
-        was, now = os.fstat(self._open), os.stat(self._path)
-        if (was.st_dev, was.st_ino) != (now.st_dev, now.st_ino):
-            raise FileNotFoundError(errno.ENOENT, f"{self._path} was replaced by another while it was saved in")
+        if lost := self.lost():
+            raise FileNotFoundError(errno.ENOENT, f"{self._path} {lost} while it was saved in")
+
+
+def save_error(
+    steps: Steps, step: int, error: BaseException, place: SamePlace | None = None
+) -> SaveError | NotFiniteError:
+    """An error that says what the save of a step failed with, how much space is free, and which steps are there.
+
+    Args:
+      steps: those of the directory.
+      step: which was not saved.
+      error: what Orbax, tensorstore or the operating system raised.
+      place: the directory as it was when the save began, if it did: where it is another, that is the cause of whatever
+        was raised.
+    """
+    if isinstance(error, SaveError | NotFiniteError):
+        return error  # It says all that itself.
+    where, cause, number = steps.directory, f"{type(error).__name__}: {error}", errno_of(error)
+    if lost := _lost(where) if place is None else place.lost():
+        number, cause = errno.ENOENT, f"the directory {lost}"
+    elif number is not None:
+        cause = f"{os.strerror(number)} ({errno.errorcode.get(number, number)})"
+        cause += f", in {error}" if isinstance(error, ElsewhereError) else ""
+    free = f"; {_free_space(Path(where))}" if is_local(where) else ""
+    remedy = f". {_REMEDIES[number]}" if number in _REMEDIES else ""
+    told = SaveError(f"step {step}: not saved in {where}: {cause}{free}; saved there: {_saved(steps)}{remedy}")
+    told.errno = number
+    return told
+
+
+def explained(wait: Callable[[], None], steps: Steps, step: int, place: SamePlace) -> None:
+    """Waits for the save of a step; what that raises is raised as a `save_error`."""
+    try:
+        wait()
+    except Exception as error:
+        raise save_error(steps, step, error, place) from error
+
+
+def raise_it(error: Exception) -> NoReturn:
+    """Raises an error."""
+    raise error
 
 
 _unfinished: dict[Hashable, Callable[[], None]] = {}
@@ -129,6 +141,10 @@ def _end_with_failure() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)  # The only way left: sys.exit is ignored here.
+
+
+def _lost(directory: epath.Path) -> str:
+    return "is gone" if is_local(directory) and not os.path.isdir(directory) else ""
 
 
 def _saved(steps: Steps) -> str:

@@ -61,6 +61,7 @@ class Saver:
         self._sealing: Sealing | None = None
         self._tidying: Sealing | None = None  # The one before, which nobody need wait for but the next save.
         self.step: int | None = None  # The one under way.
+        self._place: SamePlace | None = None  # The directory, as it was when that began.
         self._failure: CheckpointError | None = None  # The last save's, while nobody has been raised it.
 
     def lock(self) -> None:
@@ -89,7 +90,7 @@ class Saver:
         self.step = draft.step
         with self._surfacing("prepare"):
             self.tidied()
-            place = SamePlace(self._steps.directory)
+            place = self._place = SamePlace(self._steps.directory)
             self.lock()
             on_process_zero(self._steps.key("room"), partial(make_room, self._steps, draft.step))
         if self.step is None:
@@ -117,7 +118,7 @@ class Saver:
         ahead = partial(HashedAhead, self._steps.directory, draft.step, full)
         self._sealing = Sealing(ahead, manager.wait_until_finished, seal, self._tidy)
         # Keeps this saver, and so the lock, until the step is sealed, whether or not somebody else does.
-        expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step))
+        expect(self._steps, partial(explained, self._sealing.wait, self._steps, draft.step, place))
         self._sealing.start(self._background)
 
     def check(self) -> None:
@@ -133,7 +134,7 @@ class Saver:
         self._sealing, self._tidying = None, sealing
         with self._surfacing("wait"):
             sealing.wait()
-            self.step, self._failure = None, None
+            self.step, self._place, self._failure = None, None, None
             settled(self._steps)
 
     def tidied(self) -> None:
@@ -208,10 +209,11 @@ class Saver:
             # it would hold up the process's end for 20 minutes.
             self._manager = None
             step, self.step = self.step, None
+            place, self._place = self._place, None
             assert step is not None
             if isinstance(error, CheckpointError) and not isinstance(error, OSError) and stage != "wait":
                 raise
-            failure = save_error(self._steps, step, error)  # While the disk is as full as it was.
+            failure = save_error(self._steps, step, error, place)  # While the disk is as full as it was.
             if stage != "prepare" and self._holds_lock():
                 remove_partial(self._steps, step)
             if self._on_error == "raise" or isinstance(failure, NotFiniteError):

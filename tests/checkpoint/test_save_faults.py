@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from shardadam.checkpoint import (
@@ -228,6 +229,24 @@ def test_a_directory_that_is_removed_while_it_is_saved_in(tmp_path, monkeypatch,
     with pytest.raises(SaveError, match=r"step 2: not saved in .*saved there: no steps"):
         checkpointer.wait()
     assert checkpointer.all_steps() == []
+
+
+def test_a_directory_that_is_replaced_is_the_cause_of_what_orbax_fails_with(tmp_path, monkeypatch):
+    directory, replaced = tmp_path / "steps", threading.Event()
+
+    def finds_no_files(self, directory):
+        assert replaced.wait(200)
+        raise ValueError("Save failed: 1/1 params are missing .zarray in checkpoint:\nx.")
+
+    checkpointer = Checkpointer(directory)
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", finds_no_files)
+    checkpointer.save(1, SMALL)
+    directory.rename(tmp_path / "elsewhere")
+    directory.mkdir()
+    replaced.set()
+    with pytest.raises(SaveError, match=r"step 1: not saved in .*: the directory was replaced by another; ") as caught:
+        checkpointer.wait()
+    assert caught.value.errno == errno.ENOENT
 
 
 def test_a_directory_in_the_place_of_another_is_not_the_same(tmp_path):
