@@ -1,5 +1,6 @@
 """Checks of what a train step is given: options and batches, each refused by its name before anything is traced."""
 
+import contextlib
 from numbers import Integral, Real
 from typing import Any
 
@@ -41,9 +42,13 @@ def check_max_norm(name: str, got: Any) -> None:
 
 
 def check_floating(name: str, dtype: Any) -> None:
-    """Refuses a dtype that rounds to integers."""
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"{name}: got {dtype!r}, wanted a floating dtype such as jnp.bfloat16, or None")
+    """Refuses a dtype that rounds to integers, and what is none."""
+    if dtype is None:
+        return
+    with contextlib.suppress(TypeError):
+        if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+            return
+    raise ValueError(f"{name}: got {dtype!r}, wanted a floating dtype such as jnp.bfloat16 or 'bfloat16', or None")
 
 
 def check_loss(loss: Any) -> None:

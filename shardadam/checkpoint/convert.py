@@ -1,6 +1,5 @@
 """From a checkpoint of optax's, Flax's or nnx's state to shardadam's and back, leaf by leaf."""
 
-import contextlib
 import functools
 import os
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from shardadam.checkpoint.source import Source, find
 from shardadam.checkpoint.steps import Steps
 from shardadam.checkpoint.stream import CHUNK_BYTES, Leaf, Reader, number, read, write
 from shardadam.checkpoint.verify import file_faults
+from shardadam.validation import check_floating
 
 
 class Converted(NamedTuple):
@@ -133,7 +133,9 @@ def export_checkpoint(
     Example:
       >>> export_checkpoint("runs/a/checkpoints", "serving/a", to="params", dtype="bfloat16")
     """
-    dtype = None if dtype is None else _wanted_dtype(dtype, to)
+    if dtype is not None and to != "params":
+        raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
+    check_floating("dtype", dtype)
     target = as_path(path)
     check_writable_name(target)
     if target.exists():
@@ -145,7 +147,7 @@ def export_checkpoint(
     parts = take_apart(tree, optimizer=optimizer)
     tree, form = _nested(tree, parts, to)
     reader: Reader = functools.partial(read, chunk_bytes=chunk_bytes)
-    write(target, tree, reader if dtype is None else _casting(reader, dtype))
+    write(target, tree, reader if dtype is None else _casting(reader, jnp.dtype(dtype)))
     return _converted(found, parts, form, target, found.step or 0, tree)
 
 
@@ -176,16 +178,6 @@ def _step_of(parts: Parts) -> int:
         return int(number(parts.step))
     counts = [leaf for names, leaf in leaves(parts.opt_state).items() if names[-1] == "count"]
     return max((int(number(leaf)) for leaf in counts if not leaf.shape), default=0)
-
-
-def _wanted_dtype(dtype: Any, to: str | None) -> np.dtype:
-    """The dtype to cast parameters to."""
-    if to != "params":
-        raise ValueError(f"dtype: got {dtype} with to={to!r}; a state keeps its dtypes, only to='params' can be cast")
-    with contextlib.suppress(TypeError):
-        if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-            return jnp.dtype(dtype)
-    raise ValueError(f"dtype: got {dtype}, wanted a floating one, such as bfloat16: others do not hold parameters")
 
 
 def _casting(reader: Reader, dtype: np.dtype) -> Reader:
