@@ -1,4 +1,4 @@
-"""Checks of what a train step is given: options and batches, each refused by its name before anything is traced."""
+"""Checks of what a caller gives, options and batches, each refused by its name before anything is traced or written."""
 
 import contextlib
 from numbers import Integral, Real

@@ -221,6 +221,8 @@ def test_bad_options_are_refused():
         shardadam.make_train_step(mean_loss, state, num_microbatches=True)
     with pytest.raises(ValueError, match=r"master_dtype: got .*int32.*, wanted a floating dtype"):
         shardadam.TrainState.create(apply_fn=None, params=params, tx=state.tx, master_dtype=jnp.int32)
+    with pytest.raises(ValueError, match=r"master_dtype: got 'bf16', wanted a floating dtype"):
+        shardadam.TrainState.create(apply_fn=None, params=params, tx=state.tx, master_dtype="bf16")
     with pytest.raises(ValueError, match=r"got 3, and the state was created for stage 2: its parameters are whole"):
         shardadam.make_train_step(mean_loss, state, stage=3)
     with pytest.raises(ValueError, match=r"loss_scale: got 'dynamic', and the state has none"):
@@ -230,9 +232,10 @@ def test_bad_options_are_refused():
             shardadam.make_train_step(mean_loss, state, loss_scale=scale)
         with pytest.raises(ValueError, match=r"loss_scale: got .*, wanted a number above 0 that is finite in float32"):
             shardadam.TrainState.create(apply_fn=None, params=params, tx=state.tx, loss_scale=scale)
-    for dtype in (jnp.int8, "int8", "bf16"):
-        with pytest.raises(ValueError, match=r"reduce_dtype: got .*(int8|bf16).*, wanted a floating dtype"):
-            shardadam.make_train_step(mean_loss, state, reduce_dtype=dtype)
+    with pytest.raises(ValueError, match=r"reduce_dtype: got .*int8.*, wanted a floating dtype"):
+        shardadam.make_train_step(mean_loss, state, reduce_dtype=jnp.int8)
+    with pytest.raises(ValueError, match=r"reduce_dtype: got 'bf16', wanted a floating dtype"):
+        shardadam.make_train_step(mean_loss, state, reduce_dtype="bf16")
     fp8 = state.replace(params={"params": params, OVERWRITE_WITH_GRADIENT: {"scale": np.zeros(3, np.float32)}})
     with pytest.raises(ValueError, match=r"got params with Flax's fp8 statistics .* state\.apply_gradients"):
         shardadam.make_train_step(mean_loss, fp8)
