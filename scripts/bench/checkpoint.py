@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 import shardadam
 from shardadam.checkpoint.digest import digests, start
+from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.slots import slots
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks"
@@ -48,15 +49,16 @@ over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint 
 - *compressed*: with `compress=True`. Plain Orbax compresses array files by zstd, shardadam does not unless asked: that
   makes these files 8% larger, and most of the difference in processor time. The ratios of like with like have no goal.
 - *own*: plain Orbax's arrays copied, one by one, so that each device has its own, as shardadam's have.
-- *digest*: the digests of all leaves alone, as a save computes them; *digest start*: until they are under way, with
-  nothing else running. *disk*: as many bytes in one file, written with
-  fsync, and read back. *CPU*: seconds of all cores.
+- *digest*: the digests of all leaves alone, as a save computes them, at stage 2 of the slices; *digest start*: until
+  they are under way, with nothing else running.
+- *disk*: as many bytes in one file, written with fsync, and read back. *CPU*: seconds of all cores.
 
-The stall is Orbax's own, 1 ms to look through state and directory, and the start of the digests. XLA:CPU starts a
+The stall is Orbax's own, 2 ms to look through state and directory, and the start of the digests. XLA:CPU starts a
 program by one thread for each simulated device, which then computes: with two cores the eighth gets its turn when most
 is computed, so that the digests take the loop most of their own time. Real devices compute by themselves.
 
-At stage 3 the parameters lie in shards, at stage 2 every device has all of them. Simulated devices share one memory,
+At stage 3 the parameters lie in shards, at stage 2 every device has all of them, and writes a slice. Plain Orbax makes
+the slices by one program for each leaf and device, shardadam by one for all leaves. Simulated devices share one memory,
 and plain Orbax gives all eight the same host array; shardadam's restored arrays are each device's own, so that a step
 can take their memory: at stage 2 eight copies of the parameters. On real devices Orbax has to make them, too.
 """
@@ -142,7 +144,7 @@ def removed(directory):
 def measure(state, rounds, directory):
     """Seconds of each figure, by round; the first round, which compiles and makes the writers, is not among them."""
     nbytes = sum(x.nbytes for x in jax.tree.leaves(state))
-    parts = list(slots(state, state.plan))
+    parts = sliced(slots(state, state.plan))
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     found = []

@@ -23,6 +23,7 @@ from shardadam.checkpoint.saving import Saver
 from shardadam.checkpoint.seal import Seal, described_plan
 from shardadam.checkpoint.sealing import count_of
 from shardadam.checkpoint.shared import check_shared
+from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.slots import check_names, plan_of, slots
 from shardadam.checkpoint.steps import Steps, retire_old
 from shardadam.checkpoint.together import on_process_zero
@@ -157,7 +158,7 @@ class Checkpointer:
         extra = json.loads(json.dumps(extra))
         self.wait()
         plan = plan_of(state, self._plan)
-        parts = list(slots(state, plan))
+        parts = sliced(slots(state, plan))
         check_names(slot.names for slot in parts)
         logical = jax.tree.unflatten(jax.tree.structure(state), [slot.to_disk() for slot in parts])
         draft = Seal(

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
+from shardadam.checkpoint.programs import copied_over, in_programs, over_mesh
 from shardadam.checkpoint.together import on_every_process
 from shardadam.layout import entries, shard_shape
 from shardadam.mixing import (
@@ -26,7 +27,6 @@ from shardadam.mixing import (
     terms_of,
 )
 
-_TOGETHER = 16  # Leaves that one program sums: starting one for each would take longer than all else that `start` does.
 _CHUNK = 2**18  # Elements that `host_digest` takes at a time: what numpy makes of them stays in the cache.
 
 
@@ -69,6 +69,22 @@ def digests(slots: Iterable[Slot], key: str = "digests") -> list[Digest]:
     return finish(start(slots), key)
 
 
+class _Layout(NamedTuple):
+    """How a leaf lies: its sharding, None where that is not over a mesh; and how it is packed, if it is."""
+
+    sharding: NamedSharding | None
+    packed: Packing | None
+
+
+class _Leaf(NamedTuple):
+    """A leaf to be summed on its devices, its place among all, and its seed, on the devices as well."""
+
+    place: int
+    x: jax.Array
+    seed: Any
+    layout: _Layout
+
+
 class Started(NamedTuple):
     """Digests under way.
 
@@ -88,28 +104,24 @@ def start(slots: Iterable[Slot]) -> Started:
 
     There is no collective in it, so that it can be under way beside a train step.
     """
-    return prepare(slots)()
-
-
-def prepare(slots: Iterable[Slot]) -> Callable[[], Started]:
-    """`start` in two steps: what this returns has the devices begin. Leaves on the host are summed at once."""
     slots = list(slots)
     on_host: dict[int, np.ndarray] = {}
-    kinds: dict[Any, list[tuple[int, jax.Array, Any]]] = {}
+    kinds: dict[Any, list[_Leaf]] = {}
     for place, slot in enumerate(slots):
         x, packed, shape = _on_devices(slot)
         if isinstance(x, np.ndarray):
             on_host[place] = _unfinished(host_digest(x, slot.path))
             continue
-        sharding = x.sharding if isinstance(x.sharding, NamedSharding) else None
+        sharding = over_mesh(x.sharding)
         seed = _seed(sharding, slot.path, shape, np.dtype(x.dtype))
-        kinds.setdefault((sharding, packed, x.shape, x.dtype), []).append((place, x, seed))
-    programs = []
-    for (sharding, packed, *_), leaves in kinds.items():
-        for first in range(0, len(leaves), _TOGETHER):
-            places, xs, seeds = zip(*leaves[first : first + _TOGETHER], strict=True)
-            programs.append((list(places), _summer(sharding, packed), xs, seeds))
-    return lambda: Started(len(slots), on_host, [(places, sums(xs, seeds)) for places, sums, xs, seeds in programs])
+        layout = _Layout(sharding, packed)
+        devices = x.sharding if sharding is None else sharding.mesh
+        kinds.setdefault((devices, layout, x.shape, x.dtype), []).append(_Leaf(place, x, seed, layout))
+    on_devices = []
+    for leaves in in_programs(kinds):
+        places, xs, seeds, layouts = zip(*leaves, strict=True)
+        on_devices.append((list(places), _summer(layouts)(xs, seeds)))
+    return Started(len(slots), on_host, on_devices)
 
 
 def finish(started: Started, key: str) -> list[Digest]:
@@ -171,53 +183,53 @@ def _on_devices(slot: Slot) -> tuple[jax.Array | np.ndarray, Packing | None, tup
 def _seed(sharding: NamedSharding | None, path: str, shape: tuple[int, ...], dtype: np.dtype) -> jax.Array | np.ndarray:
     """A leaf's seed where the leaf is, put there once."""
     seed = leaf_seed(path, shape, dtype)
-    if sharding is None or isinstance(sharding.mesh, AbstractMesh):
+    if sharding is None:
         return seed
     return jax.device_put(seed, NamedSharding(sharding.mesh, P()))
 
 
 @functools.cache
-def _summer(sharding: NamedSharding | None, packed: Packing | None) -> Callable[[Any, Any], jax.Array]:
-    """Compiled once for a sharding and layout: (leaves, seeds) -> uint32[num_devices, leaves, 3].
-
-    Of what has copies, the first one is read, and the others add nothing.
-    """
-    if sharding is None or isinstance(sharding.mesh, AbstractMesh):
+def _summer(layouts: tuple[_Layout, ...]) -> Callable[[Any, Any], jax.Array]:
+    """Compiled once for leaves that lie so, on one mesh: (leaves, seeds) -> uint32[num_devices, leaves, 3]."""
+    sharding = layouts[0].sharding
+    if sharding is None:
 
         def whole(x: jax.Array, seed: Any) -> jax.Array:
             return block_sums(x, seed, natural(x.shape, [0] * x.ndim, x.shape), x.shape)
 
         return jax.jit(lambda xs, seeds: jnp.stack([whole(x, seed) for x, seed in zip(xs, seeds, strict=True)])[None])
-    mesh, spec = sharding.mesh, sharding.spec
-    used = {axis for dim in entries(P(*spec), len(spec)) for axis in dim}
-    copies = tuple(axis for axis in mesh.axis_names if axis not in used)
 
     def total(xs: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
-        def sums(blocks: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
-            return jnp.stack([_block_sums(*row, packed, spec) for row in zip(blocks, xs, seeds, strict=True)])
-
         def own(blocks: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
-            if not copies:
-                return sums(blocks, seeds)[None]
-            first = jax.lax.axis_index(copies) == 0
-            return jax.lax.cond(first, sums, lambda *_: jnp.zeros((len(xs), 3), jnp.uint32), blocks, seeds)[None]
+            rows = zip(blocks, xs, seeds, layouts, strict=True)
+            return jnp.stack([_own_sums(block, x.shape, seed, layout) for block, x, seed, layout in rows])[None]
 
+        mesh, specs = sharding.mesh, tuple(layout.sharding.spec for layout in layouts if layout.sharding)
         # Manual, so that Auto and Explicit axes go one way.
-        return jax.shard_map(own, mesh=mesh, in_specs=(spec, P()), out_specs=P(mesh.axis_names), check_vma=False)(
+        return jax.shard_map(own, mesh=mesh, in_specs=(specs, P()), out_specs=P(mesh.axis_names), check_vma=False)(
             xs, seeds
         )
 
     return jax.jit(total)
 
 
-def _block_sums(block: jax.Array, x: jax.Array, seed: jax.Array, packed: Packing | None, spec: P) -> jax.Array:
-    """The sums of a device's block of a leaf `x`, of which only the shape matters."""
-    if packed is not None:
-        coordinates, valid = _packed(block.shape, packed)
-        return block_sums(block, seed, coordinates, packed.leaf.shape, valid)
-    split = entries(P(*spec), x.ndim)
-    offsets = [_index(dim) * np.uint32(size) for dim, size in zip(split, block.shape, strict=True)]
-    return block_sums(block, seed, natural(block.shape, offsets, x.shape), x.shape)
+def _own_sums(block: jax.Array, shape: tuple[int, ...], seed: jax.Array, layout: _Layout) -> jax.Array:
+    """What a device adds for its block of a leaf: the block's sums, or nothing for any copy but the first."""
+    sharding, packed = layout
+    assert sharding is not None
+    if packed is None:
+        split = entries(P(*sharding.spec), len(shape))
+        offsets = [_index(axes) * np.uint32(size) for axes, size in zip(split, block.shape, strict=True)]
+        coordinates, valid, logical = natural(block.shape, offsets, shape), None, shape
+    else:
+        (coordinates, valid), logical = _packed(block.shape, packed), packed.leaf.shape
+
+    def sums() -> jax.Array:
+        return block_sums(block, seed, coordinates, logical, valid)
+
+    if not (copies := copied_over(sharding)):
+        return sums()
+    return jax.lax.cond(_index(copies) == 0, sums, lambda: jnp.zeros(3, jnp.uint32))
 
 
 def _packed(block: tuple[int, ...], packed: Packing) -> tuple[list[Coordinate], Any]:

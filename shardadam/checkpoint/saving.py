@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from shardadam.checkpoint.commit import Commit
-from shardadam.checkpoint.digest import Started, prepare
+from shardadam.checkpoint.digest import Started, start
 from shardadam.checkpoint.errors import CheckpointError, NotFiniteError, SaveError
 from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
 from shardadam.checkpoint.hashing import HashedAhead
@@ -167,16 +167,15 @@ class Saver:
     def _write(
         self, manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite, parts: Sequence[Slot]
     ) -> Started:
-        """Has Orbax copy a state and begin to write it; begins its digests."""
-        begin_digests = prepare(parts)
+        """Begins the digests of a state; has Orbax copy it and begin to write."""
+        # Once Orbax writes, its threads contend with this one: little is to be left to do then.
+        started = start(parts)
         if not manager.save(step, args=args):
             raise CheckpointError(
                 f"step {step}: Orbax did not save it in {self._steps.directory}, which holds "
                 f"{short(self._steps.sealed())}"
             )
-        # From here on Orbax's threads contend with this one, so that little is left to do. Begun before, the digests
-        # would contend with Orbax's copying.
-        return begin_digests()
+        return started
 
     def _tidy(self) -> None:
         """After a step was sealed, when nothing is left to be told of it."""

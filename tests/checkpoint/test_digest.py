@@ -180,7 +180,8 @@ def test_nothing_is_gathered(data_mesh):
     packed = Packing(leaf, data_mesh)
     x = jax.device_put(jnp.zeros(leaf.state_shape), packed.sharding)
     for packing in (None, packed):
-        assert not collectives(digest._summer(packed.sharding, packing).lower([x], [np.zeros(2, np.uint32)]).compile())
+        summer = digest._summer((digest._Layout(packed.sharding, packing),))
+        assert not collectives(summer.lower((x,), (np.zeros(2, np.uint32),)).compile())
 
 
 def test_arrays_in_host_memory(data_mesh):
