@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from shardadam.checkpoint.copies import copied_over, over_mesh
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
-from shardadam.checkpoint.programs import copied_over, in_programs, over_mesh
+from shardadam.checkpoint.programs import in_programs
 from shardadam.checkpoint.together import on_every_process
 from shardadam.layout import entries, shard_shape
 from shardadam.mixing import (

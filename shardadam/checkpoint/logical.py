@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from shardadam.checkpoint.copies import Cut, cut_of, gatherer
 from shardadam.layout import LeafPlan, could_be_packed, entries
 from shardadam.sharding import named_sharding, pack_leaf, unpack_leaf
 
@@ -106,8 +107,21 @@ class Slot:
             )
         return own
 
+    @property
+    def cut(self) -> Cut | None:
+        """How its copies are cut on the way to disk and back; None if it goes as it is.
+
+        So go leaves without copies, typed PRNG keys, what lies in host memory, and what only this process knows.
+        """
+        sharding = self.sharding
+        if sharding is None or self.packed is not None or is_key(self.dtype) or is_offloaded(sharding):
+            return None
+        if jax.process_count() > 1 and sharding.is_fully_addressable:
+            return None
+        return cut_of(sharding, self.shape, self.dtype)
+
     def to_disk(self) -> Any:
-        """The leaf in its logical shape, as Orbax takes it. Inverse of `from_disk`.
+        """The leaf in its logical shape, as Orbax takes it; `sliced` cuts those of many. Inverse of `from_disk`.
 
         Raises:
           ValueError: Orbax cannot save the leaf: it is neither array nor number, or has no elements.
@@ -132,7 +146,8 @@ class Slot:
         if self.packed is not None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.packed.logical_sharding)
         if self.sharding is not None:
-            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
+            sharding = self.sharding if self.cut is None else self.cut.slices
+            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
         shape, dtype = self.on_disk
         # Says shape and dtype, and takes no memory: a view of one zero.
         return np.broadcast_to(np.zeros((), dtype), shape)
@@ -141,6 +156,8 @@ class Slot:
         """Brings what Orbax read to this leaf's layout, sharding and kind. Inverse of `to_disk`."""
         if self.packed is not None:
             x = jax.block_until_ready(_packer(self.packed)(x))
+        if self.cut is not None:
+            return gatherer(self.cut)(x)
         if isinstance(self.like, np.generic | np.ndarray):
             return np.array(x)[()] if isinstance(self.like, np.generic) else np.array(x)
         if isinstance(self.like, PYTHON_NUMBERS):
