@@ -58,9 +58,9 @@ program by one thread for each simulated device, which then computes: with two c
 is computed, so that the digests take the loop most of their own time. Real devices compute by themselves.
 
 At stage 3 the parameters lie in shards, at stage 2 every device has all of them, and writes a slice. Plain Orbax makes
-the slices by one program for each leaf and device, shardadam by one for all leaves. Simulated devices share one memory,
-and plain Orbax gives all eight the same host array; shardadam's restored arrays are each device's own, so that a step
-can take their memory: at stage 2 eight copies of the parameters. On real devices Orbax has to make them, too.
+the slices by one program for each leaf and device, shardadam by one for up to 32 leaves. Simulated devices share one
+memory, and plain Orbax gives all eight the same host array; shardadam's restored arrays are each device's own, so that
+a step can take their memory: at stage 2 eight copies of the parameters. On real devices Orbax has to make them, too.
 """
 STAGES = {3: "Parameters in shards (stage 3)", 2: "Parameters on every device (stage 2)"}
 

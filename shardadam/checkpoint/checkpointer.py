@@ -23,11 +23,9 @@ from shardadam.checkpoint.saving import Saver
 from shardadam.checkpoint.seal import Seal, described_plan
 from shardadam.checkpoint.sealing import count_of
 from shardadam.checkpoint.shared import check_shared
-from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.slots import check_names, plan_of, slots
 from shardadam.checkpoint.steps import Steps, retire_old
 from shardadam.checkpoint.together import on_process_zero
-from shardadam.checkpoint.writing import to_write
 from shardadam.plan import Plan
 
 State = TypeVar("State")
@@ -158,14 +156,15 @@ class Checkpointer:
         extra = json.loads(json.dumps(extra))
         self.wait()
         plan = plan_of(state, self._plan)
-        parts = sliced(slots(state, plan))
+        parts = list(slots(state, plan))
         check_names(slot.names for slot in parts)
-        logical = jax.tree.unflatten(jax.tree.structure(state), [slot.to_disk() for slot in parts])
+        for slot in parts:
+            slot.check_savable()
         draft = Seal(
             step=step, files={}, leaves={}, count=count_of(parts), plan=described_plan(plan), config=self._config,
             run_id=self._run_id, num_processes=jax.process_count(),
         )  # fmt: skip
-        self._saver.begin(draft, to_write(logical, extra), parts, allow_nonfinite=allow_nonfinite)
+        self._saver.begin(draft, parts, jax.tree.structure(state), extra, allow_nonfinite=allow_nonfinite)
         if wait:
             self.wait()
 

@@ -1,5 +1,6 @@
 """A digest of every leaf by its bits, name and global positions: the same for every sharding, layout and mesh."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -121,7 +122,8 @@ def start(slots: Iterable[Slot]) -> Started:
     on_devices = []
     for leaves in in_programs(kinds):
         places, xs, seeds, layouts = zip(*leaves, strict=True)
-        on_devices.append((list(places), _summer(layouts)(xs, seeds)))
+        with contextlib.nullcontext() if layouts[0].sharding is None else jax.set_mesh(layouts[0].sharding.mesh):
+            on_devices.append((list(places), _summer(layouts)(xs, seeds)))
     return Started(len(slots), on_host, on_devices)
 
 

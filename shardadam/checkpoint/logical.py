@@ -12,7 +12,6 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.checkpoint.copies import Cut, cut_of, gatherer
 from shardadam.layout import LeafPlan, could_be_packed, entries
 from shardadam.sharding import named_sharding, pack_leaf, unpack_leaf
 
@@ -107,29 +106,24 @@ class Slot:
             )
         return own
 
-    @property
-    def cut(self) -> Cut | None:
-        """How its copies are cut on the way to disk and back; None if it goes as it is.
-
-        So go leaves without copies, typed PRNG keys, what lies in host memory, and what only this process knows.
-        """
-        sharding = self.sharding
-        if sharding is None or self.packed is not None or is_key(self.dtype) or is_offloaded(sharding):
-            return None
-        if jax.process_count() > 1 and sharding.is_fully_addressable:
-            return None
-        return cut_of(sharding, self.shape, self.dtype)
-
-    def to_disk(self) -> Any:
-        """The leaf in its logical shape, as Orbax takes it; `sliced` cuts those of many. Inverse of `from_disk`.
+    def check_savable(self) -> None:
+        """Refuses a leaf that Orbax cannot save.
 
         Raises:
-          ValueError: Orbax cannot save the leaf: it is neither array nor number, or has no elements.
+          ValueError: it is neither array nor number, or has no elements.
         """
         if not isinstance(self.like, (jax.Array, np.ndarray, np.generic, *PYTHON_NUMBERS)):
             raise ValueError(f"`{self.path}`: got {type(self.like).__name__}, and only arrays and numbers can be saved")
         if 0 in self.shape:
             raise ValueError(f"`{self.path}`: got shape {self.shape}, and Orbax saves no empty arrays; drop the leaf")
+
+    def to_disk(self) -> Any:
+        """The leaf in its logical shape, as Orbax takes it. Inverse of `from_disk`.
+
+        Raises:
+          ValueError: Orbax cannot save it, see `check_savable`.
+        """
+        self.check_savable()
         if self.packed is not None:
             x = jax.device_put(self.like, self.packed.sharding)
             # Waited for, so that only one leaf at a time is gathered on its way to its logical shape.
@@ -146,8 +140,7 @@ class Slot:
         if self.packed is not None:
             return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.packed.logical_sharding)
         if self.sharding is not None:
-            sharding = self.sharding if self.cut is None else self.cut.slices
-            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=sharding)
+            return jax.ShapeDtypeStruct(self.shape, self.dtype, sharding=self.sharding)
         shape, dtype = self.on_disk
         # Says shape and dtype, and takes no memory: a view of one zero.
         return np.broadcast_to(np.zeros((), dtype), shape)
@@ -156,8 +149,6 @@ class Slot:
         """Brings what Orbax read to this leaf's layout, sharding and kind. Inverse of `to_disk`."""
         if self.packed is not None:
             x = jax.block_until_ready(_packer(self.packed)(x))
-        if self.cut is not None:
-            return gatherer(self.cut)(x)
         if isinstance(self.like, np.generic | np.ndarray):
             return np.array(x)[()] if isinstance(self.like, np.generic) else np.array(x)
         if isinstance(self.like, PYTHON_NUMBERS):

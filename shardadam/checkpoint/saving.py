@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -22,10 +22,11 @@ from shardadam.checkpoint.reading import STATE
 from shardadam.checkpoint.seal import Seal
 from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, write_seal
 from shardadam.checkpoint.shared import acquire_for_all
+from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.steps import Steps, make_room, remove_partial, remove_retired, short
 from shardadam.checkpoint.together import on_process_zero
 from shardadam.checkpoint.turns import short_turns
-from shardadam.checkpoint.writing import writer
+from shardadam.checkpoint.writing import to_write, writer
 
 log = logging.getLogger("shardadam.checkpoint")
 
@@ -69,13 +70,22 @@ class Saver:
         if self._lock is not None:
             acquire_for_all(self._lock)
 
-    def begin(self, draft: Seal, args: ocp.args.Composite, parts: Sequence[Slot], *, allow_nonfinite: bool) -> None:
+    def begin(
+        self,
+        draft: Seal,
+        parts: Sequence[Slot],
+        structure: jax.tree_util.PyTreeDef,
+        extra: Any,
+        *,
+        allow_nonfinite: bool,
+    ) -> None:
         """Begins to save a step, when none is under way; returns when it has been copied off the devices.
 
         Args:
           draft: its seal, but for the files and leaves.
-          args: what Orbax is to write.
           parts: its leaves as they are in memory.
+          structure: of the tree that they are of.
+          extra: what JSON holds, to be written beside it; None for nothing.
           allow_nonfinite: seal it though there is NaN or infinity in it.
 
         Raises:
@@ -84,9 +94,17 @@ class Saver:
           SaveError: it failed, and failures are raised.
         """
         with short_turns():
-            self._begin(draft, args, parts, allow_nonfinite=allow_nonfinite)
+            self._begin(draft, parts, structure, extra, allow_nonfinite=allow_nonfinite)
 
-    def _begin(self, draft: Seal, args: ocp.args.Composite, parts: Sequence[Slot], *, allow_nonfinite: bool) -> None:
+    def _begin(
+        self,
+        draft: Seal,
+        parts: Sequence[Slot],
+        structure: jax.tree_util.PyTreeDef,
+        extra: Any,
+        *,
+        allow_nonfinite: bool,
+    ) -> None:
         self.step = draft.step
         with self._surfacing("prepare"):
             self.tidied()
@@ -99,6 +117,8 @@ class Saver:
         with self._surfacing("start"):
             self._commit.begin(draft.step)
             directory, commit = self._steps.directory, self._commit
+            parts = sliced(parts)
+            args = to_write(jax.tree.unflatten(structure, [slot.to_disk() for slot in parts]), extra)
             manager = self._manager = self._manager or writer(directory, commit, compress=self._compress)
             started = self._write(manager, draft.step, args, parts)
         if self.step is None:
