@@ -202,18 +202,20 @@ def _summer(layouts: tuple[_Layout, ...]) -> Callable[[Any, Any], jax.Array]:
 
         return jax.jit(lambda xs, seeds: jnp.stack([whole(x, seed) for x, seed in zip(xs, seeds, strict=True)])[None])
 
+    mesh = sharding.mesh
+
     def total(xs: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
         def own(blocks: Sequence[jax.Array], seeds: Sequence[jax.Array]) -> jax.Array:
             rows = zip(blocks, xs, seeds, layouts, strict=True)
             return jnp.stack([_own_sums(block, x.shape, seed, layout) for block, x, seed, layout in rows])[None]
 
-        mesh, specs = sharding.mesh, tuple(layout.sharding.spec for layout in layouts if layout.sharding)
+        specs = tuple(layout.sharding.spec for layout in layouts if layout.sharding)
         # Manual, so that Auto and Explicit axes go one way.
-        return jax.shard_map(own, mesh=mesh, in_specs=(specs, P()), out_specs=P(mesh.axis_names), check_vma=False)(
-            xs, seeds
-        )
+        over = {"mesh": mesh, "in_specs": (specs, P()), "out_specs": P(mesh.axis_names)}
+        return jax.shard_map(own, **over, check_vma=False)(xs, seeds)
 
-    return jax.jit(total)
+    # Said once more: with axes of both types JAX 0.12 has lost one that is Auto, and gathered the sums over it.
+    return jax.jit(total, out_shardings=NamedSharding(mesh, P(mesh.axis_names)))
 
 
 def _own_sums(block: jax.Array, shape: tuple[int, ...], seed: jax.Array, layout: _Layout) -> jax.Array:

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.dtypes import itemsize_bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -75,12 +77,18 @@ def _slicer(cuts: tuple[_Cut, ...]) -> Callable[[Sequence[jax.Array]], list[jax.
         return [_own_slice(block, cut) for block, cut in zip(blocks, cuts, strict=True)]
 
     mesh, specs = cuts[0].sharding.mesh, tuple(cut.sharding.spec for cut in cuts)
-    # Manual, so that Auto and Explicit axes go one way.
+    # Manual, so that Auto and Explicit axes go one way; the shardings are said once more, as in the digests' programs.
+    over = {"mesh": mesh, "in_specs": (specs,), "out_specs": [cut.spec for cut in cuts]}
     return jax.jit(
-        jax.shard_map(own, mesh=mesh, in_specs=(specs,), out_specs=[cut.spec for cut in cuts], check_vma=False)
+        jax.shard_map(own, **over, check_vma=False), out_shardings=[NamedSharding(mesh, cut.spec) for cut in cuts]
     )
 
 
 def _own_slice(block: jax.Array, cut: _Cut) -> jax.Array:
+    # By the bits: XLA:CPU has taken short floats through longer ones, which changes what a NaN says.
+    short = jnp.issubdtype(block.dtype, jnp.floating) and block.dtype.itemsize < 4 and itemsize_bits(block.dtype) >= 8
+    bits = jax.lax.bitcast_convert_type(block, f"uint{8 * block.dtype.itemsize}") if short else block
     size = block.shape[cut.dim] // num_copies(cut.sharding)
-    return jax.lax.dynamic_slice_in_dim(block, jax.lax.axis_index(copied_over(cut.sharding)) * size, size, cut.dim)
+    start = jax.lax.axis_index(copied_over(cut.sharding)) * size
+    found = jax.lax.dynamic_slice_in_dim(bits, start, size, cut.dim)
+    return jax.lax.bitcast_convert_type(found, block.dtype) if short else found
