@@ -70,6 +70,7 @@ class Saver:
         if self._lock is not None:
             acquire_for_all(self._lock)
 
+    @short_turns()
     def begin(
         self,
         draft: Seal,
@@ -93,18 +94,6 @@ class Saver:
             did not save.
           SaveError: it failed, and failures are raised.
         """
-        with short_turns():
-            self._begin(draft, parts, structure, extra, allow_nonfinite=allow_nonfinite)
-
-    def _begin(
-        self,
-        draft: Seal,
-        parts: Sequence[Slot],
-        structure: jax.tree_util.PyTreeDef,
-        extra: Any,
-        *,
-        allow_nonfinite: bool,
-    ) -> None:
         self.step = draft.step
         with self._surfacing("prepare"):
             self.tidied()
