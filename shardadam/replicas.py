@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from shardadam import runtime
-from shardadam.layout import entries
+from shardadam.copies import copied_over, only_here
 from shardadam.mixing import block_sums, natural
 from shardadam.plan import path_name
 
@@ -36,8 +36,7 @@ class _Copies(NamedTuple):
     @property
     def replica_axes(self) -> list[int]:
         """The dims of the mesh along which the copies lie."""
-        used = {axis for axes in entries(P(*self.sharding.spec), self.x.ndim) for axis in axes}
-        return [i for i, (axis, size) in enumerate(self.sharding.mesh.shape.items()) if axis not in used and size > 1]
+        return [self.sharding.mesh.axis_names.index(axis) for axis in copied_over(self.sharding)]
 
 
 def check_replicas(state: Any) -> None:
@@ -90,7 +89,7 @@ def _split(state: Any) -> tuple[list[_Copies], dict[str, str]]:
     for keypath, x in jax.tree_util.tree_flatten_with_path(state)[0]:
         if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             x = jax.random.key_data(x)
-        if isinstance(x, jax.Array) and (alone or not x.is_fully_addressable):
+        if isinstance(x, jax.Array) and not only_here(x):
             if isinstance(x.sharding, NamedSharding):  # Else it is on one device.
                 copies.append(_Copies(path_name(keypath), *_on_device(x, x.sharding)))
         elif not alone:

@@ -12,10 +12,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.checkpoint.copies import copied_over, over_mesh
 from shardadam.checkpoint.logical import Packing, Slot, default_memory_kind, is_key, is_offloaded
 from shardadam.checkpoint.programs import in_programs
 from shardadam.checkpoint.together import on_every_process
+from shardadam.copies import copied_over, only_here, over_mesh
 from shardadam.layout import entries, shard_shape
 from shardadam.mixing import (
     WORD_COUNTS,
@@ -168,7 +168,7 @@ def _on_devices(slot: Slot) -> tuple[jax.Array | np.ndarray, Packing | None, tup
     """A leaf as its devices sum it, how it is packed, and its logical shape; a host array where it is on the host."""
     x, packed, shape = slot.like, slot.packed, slot.shape
     # Of an array that only this process knows, every process has its own, which in a sum would count several times.
-    if not isinstance(x, jax.Array) or (jax.process_count() > 1 and x.is_fully_addressable):
+    if not isinstance(x, jax.Array) or only_here(x):
         return np.asarray(jax.random.key_data(x) if is_key(slot.dtype) else x), None, shape
     if is_key(slot.dtype):
         x = jax.random.key_data(x)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from shardadam.copies import only_here
 from shardadam.layout import LeafPlan, could_be_packed, entries
 from shardadam.sharding import named_sharding, pack_leaf, unpack_leaf
 
@@ -118,19 +119,14 @@ class Slot:
             raise ValueError(f"`{self.path}`: got shape {self.shape}, and Orbax saves no empty arrays; drop the leaf")
 
     def to_disk(self) -> Any:
-        """The leaf in its logical shape, as Orbax takes it. Inverse of `from_disk`.
-
-        Raises:
-          ValueError: Orbax cannot save it, see `check_savable`.
-        """
-        self.check_savable()
+        """The leaf, if it is savable, in its logical shape, as Orbax takes it. Inverse of `from_disk`."""
         if self.packed is not None:
             x = jax.device_put(self.like, self.packed.sharding)
             # Waited for, so that only one leaf at a time is gathered on its way to its logical shape.
             return jax.block_until_ready(_unpacker(self.packed)(x))
         if isinstance(self.like, np.generic | np.ndarray):
             return np.array(self.like)  # A copy: it is written after `save` has returned.
-        if isinstance(self.like, jax.Array) and self.like.is_fully_addressable and jax.process_count() > 1:
+        if isinstance(self.like, jax.Array) and only_here(self.like):
             # Orbax refuses device arrays that only one process knows.
             return np.asarray(jax.random.key_data(self.like) if is_key(self.dtype) else self.like)
         return self.like

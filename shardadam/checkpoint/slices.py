@@ -12,10 +12,10 @@ from jax.dtypes import itemsize_bits
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from shardadam.checkpoint.copies import copied_over, num_copies, over_mesh
 from shardadam.checkpoint.logical import Slot, is_key, is_offloaded
 from shardadam.checkpoint.programs import in_programs
-from shardadam.layout import entries
+from shardadam.copies import copied_over, num_copies, only_here, over_mesh
+from shardadam.layout import canonical_spec, entries
 
 _LARGEST = np.iinfo(np.int32).max  # Of a dim that is cut: XLA counts the start of a slice so.
 
@@ -54,15 +54,16 @@ class _Cut(NamedTuple):
     @property
     def spec(self) -> P:
         """The spec of the slices, which within a shard are in the order of its copies."""
-        split = entries(P(*self.sharding.spec), max(len(self.sharding.spec), self.dim + 1))
-        return P(*(axes + copied_over(self.sharding) if dim == self.dim else axes for dim, axes in enumerate(split)))
+        split = list(entries(P(*self.sharding.spec), self.dim + 1))
+        split[self.dim] += copied_over(self.sharding)
+        return canonical_spec(tuple(split))
 
 
 def _cut_of(x: Any) -> _Cut | None:
     """How to cut a leaf: as Orbax does, along the first dim that divides; None if it goes as it is."""
     if not isinstance(x, jax.Array) or is_key(x.dtype) or x.size == 0 or is_offloaded(x.sharding):
         return None
-    if (sharding := over_mesh(x.sharding)) is None or (jax.process_count() > 1 and x.is_fully_addressable):
+    if (sharding := over_mesh(x.sharding)) is None or only_here(x):
         return None
     count, shard = num_copies(sharding), sharding.shard_shape(x.shape)
     dim = next((dim for dim, size in enumerate(shard) if size % count == 0), None)
@@ -86,8 +87,8 @@ def _slicer(cuts: tuple[_Cut, ...]) -> Callable[[Sequence[jax.Array]], list[jax.
 
 def _own_slice(block: jax.Array, cut: _Cut) -> jax.Array:
     # By the bits: XLA:CPU has taken short floats through longer ones, which changes what a NaN says.
-    short = jnp.issubdtype(block.dtype, jnp.floating) and block.dtype.itemsize < 4 and itemsize_bits(block.dtype) >= 8
-    bits = jax.lax.bitcast_convert_type(block, f"uint{8 * block.dtype.itemsize}") if short else block
+    short = jnp.issubdtype(block.dtype, jnp.floating) and itemsize_bits(block.dtype) < 32
+    bits = jax.lax.bitcast_convert_type(block, f"uint{itemsize_bits(block.dtype)}") if short else block
     size = block.shape[cut.dim] // num_copies(cut.sharding)
     start = jax.lax.axis_index(copied_over(cut.sharding)) * size
     found = jax.lax.dynamic_slice_in_dim(bits, start, size, cut.dim)

@@ -1,7 +1,8 @@
-"""Along which axes of a mesh devices hold the same of an array."""
+"""Who holds the same of an array: along which axes of a mesh, and whether other processes do."""
 
 import math
 
+import jax
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
@@ -22,3 +23,8 @@ def copied_over(sharding: NamedSharding) -> tuple[str, ...]:
 def num_copies(sharding: NamedSharding) -> int:
     """How many devices hold the same."""
     return math.prod(sharding.mesh.shape[axis] for axis in copied_over(sharding))
+
+
+def only_here(x: jax.Array) -> bool:
+    """Whether only this process of several knows an array: each may have its own."""
+    return jax.process_count() > 1 and x.is_fully_addressable
