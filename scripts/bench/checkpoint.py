@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 import shardadam
+from shardadam.checkpoint import digest
 from shardadam.checkpoint.digest import digests, start
 from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.slots import slots
@@ -30,11 +32,13 @@ GOALS = {
     "restore, files verified, vs plain Orbax": ("restore", "orbax restore", 1.3),
     "digests, of a whole save": ("digest", "save", 0.05),
 }
-# What the ratios are where both do as much: shardadam compresses, or plain Orbax copies to each device.
+# What the ratios are where both do as much: shardadam compresses, plain Orbax copies to each device, or no core of the
+# loop's computes digests.
 ALIKE = {
     "whole save, compressed": ("compressed save", "orbax save"),
     "restore, files verified, compressed": ("compressed restore", "orbax restore"),
     "restore, files verified, both as each device's own": ("restore", "orbax restore, own"),
+    "stall, digests begun and not computed": ("begun stall", "orbax stall"),
 }
 HOW = """\
 A `TrainState` of float32 parameters, with mu and nu in shards (natural layout) over 8 simulated devices, is saved and
@@ -53,9 +57,10 @@ over rounds of the ratio within a round. Written by `./scripts/bench_checkpoint 
   they are under way, with nothing else running.
 - *disk*: as many bytes in one file, written with fsync, and read back. *CPU*: seconds of all cores.
 
-The stall is Orbax's own, 2 ms to look through state and directory, and the start of the digests. XLA:CPU starts a
-program by one thread for each simulated device, which then computes: with two cores the eighth gets its turn when most
-is computed, so that the digests take the loop most of their own time. Real devices compute by themselves.
+The stall is Orbax's own, a few milliseconds to look through state and directory, and the start of the digests. XLA:CPU
+starts a program by one thread for each simulated device, which then computes: with two cores the eighth gets its turn
+when most is computed, so that the digests take the loop most of their own time. Real devices compute by themselves:
+*begun* are saves where the digests' programs are begun alike, and read one element of each leaf.
 
 At stage 3 the parameters lie in shards, at stage 2 every device has all of them, and writes a slice. Plain Orbax makes
 the slices by one program for each leaf and device, shardadam by one for up to 32 leaves. Simulated devices share one
@@ -121,11 +126,31 @@ def saved(save, wait):
     return stall, stall + timed(wait)
 
 
+def saved_uncomputed(save, wait):
+    """`saved`, where digests are begun and sum nothing: the seals are of no use."""
+    with mock.patch.object(digest, "_summer", uncomputed):
+        return saved(save, wait)
+
+
 def begun(parts):
     """Seconds until the digests of leaves are under way, and what will hold them."""
     begin = time.perf_counter()
     started = start(parts)
     return time.perf_counter() - begin, [x for _, x in started.on_devices]
+
+
+@functools.cache
+def uncomputed(layouts):
+    """In place of the program that sums such leaves: as many inputs and outputs, and one element read of each."""
+    mesh = layouts[0].sharding.mesh
+
+    def first(blocks, seeds):
+        found = [x[(0,) * x.ndim].astype(jnp.uint32) + seed.sum() for x, seed in zip(blocks, seeds, strict=True)]
+        return jnp.stack([jnp.stack([x, x, jnp.uint32(0)]) for x in found])[None]
+
+    specs = tuple(layout.sharding.spec for layout in layouts)
+    over = {"mesh": mesh, "in_specs": (specs, jax.P()), "out_specs": jax.P(mesh.axis_names)}
+    return jax.jit(jax.shard_map(first, **over, check_vma=False))
 
 
 @functools.cache
@@ -151,10 +176,12 @@ def measure(state, rounds, directory):
     with (
         shardadam.Checkpointer(directory / "ours", max_to_keep=2) as checkpointer,
         shardadam.Checkpointer(directory / "compressed", max_to_keep=2, compress=True) as compressing,
+        shardadam.Checkpointer(directory / "begun", max_to_keep=2) as beginning,
         ocp.CheckpointManager(directory / "orbax", options=options) as manager,
     ):
         saves = {
             "": lambda step: saved(lambda: checkpointer.save(step, state), checkpointer.wait),
+            "begun ": lambda step: saved_uncomputed(lambda: beginning.save(step, state), beginning.wait),
             "compressed ": lambda step: saved(lambda: compressing.save(step, state), compressing.wait),
             "orbax ": lambda step: saved(
                 lambda: manager.save(step, args=ocp.args.StandardSave(state)), manager.wait_until_finished
@@ -175,7 +202,7 @@ def measure(state, rounds, directory):
                 os.sync()
                 began, cpu = time.perf_counter(), time.process_time()
                 figures[f"{name}stall"], figures[f"{name}save"] = saves[name](step)
-                for ours in ("ours", "compressed"):
+                for ours in ("ours", "compressed", "begun"):
                     removed(directory / ours)
                 figures[f"{name}save and removal"] = time.perf_counter() - began
                 figures[f"{name}save, CPU"] = time.process_time() - cpu

@@ -1,6 +1,7 @@
 """A save that several processes write is committed by all or by none, and none waits for one that could not write."""
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -43,11 +44,16 @@ class Commit:
             ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def watch(self, handler: Any) -> Any:
-        """An Orbax handler, whose failures to write the other processes are told of."""
+        """An Orbax handler, whose failures are all raised by what waits for it, and told to the other processes."""
         begin = handler.async_save
 
         async def async_save(*args: Any, **kwargs: Any) -> Sequence[Any] | None:
-            parts = await begin(*args, **kwargs)
+            try:
+                parts = await begin(*args, **kwargs)
+            except Exception as error:  # noqa: BLE001 - raised when it is waited for
+                # Raised here, it would leave the others where Orbax has them all meet before `save` returns.
+                parts = [Future()]
+                parts[0].set_exception(error)
             return None if parts is None else [_Watched(part, self._failed) for part in parts]
 
         handler.async_save = async_save

@@ -188,7 +188,8 @@ def _seed(sharding: NamedSharding | None, path: str, shape: tuple[int, ...], dty
     seed = leaf_seed(path, shape, dtype)
     if sharding is None:
         return seed
-    return jax.device_put(seed, NamedSharding(sharding.mesh, P()))
+    # `device_put` would have the processes compare what each has, leaf by leaf.
+    return jax.make_array_from_callback(seed.shape, NamedSharding(sharding.mesh, P()), lambda _: seed)
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from shardadam.checkpoint.commit import Commit
 from shardadam.checkpoint.digest import Started, start
 from shardadam.checkpoint.errors import CheckpointError, NotFiniteError, SaveError
 from shardadam.checkpoint.failures import SamePlace, expect, explained, raise_it, save_error, settled
+from shardadam.checkpoint.gate import Gate
 from shardadam.checkpoint.hashing import HashedAhead
 from shardadam.checkpoint.lock import WriterLock
 from shardadam.checkpoint.logical import Slot
@@ -24,8 +25,7 @@ from shardadam.checkpoint.sealing import Sealing, check_finite, sealed_leaves, w
 from shardadam.checkpoint.shared import acquire_for_all
 from shardadam.checkpoint.slices import sliced
 from shardadam.checkpoint.steps import Steps, make_room, remove_partial, remove_retired, short
-from shardadam.checkpoint.together import on_process_zero
-from shardadam.checkpoint.turns import short_turns
+from shardadam.checkpoint.together import all_succeed, on_process_zero
 from shardadam.checkpoint.writing import to_write, writer
 
 log = logging.getLogger("shardadam.checkpoint")
@@ -56,7 +56,7 @@ class Saver:
         compress: bool,
     ) -> None:
         self._steps, self._lock, self._on_error, self._retain = steps, lock, on_error, retain
-        self._compress, self._commit = compress, Commit(steps.key)
+        self._compress, self._commit, self._gate = compress, Commit(steps.key), Gate()
         self._manager: ocp.CheckpointManager | None = None  # Made by the first save, and anew after one that failed.
         self._background = ThreadPoolExecutor(1, "checkpoint-seal")
         self._sealing: Sealing | None = None
@@ -70,7 +70,6 @@ class Saver:
         if self._lock is not None:
             acquire_for_all(self._lock)
 
-    @short_turns()
     def begin(
         self,
         draft: Seal,
@@ -105,11 +104,11 @@ class Saver:
         described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
         with self._surfacing("start"):
             self._commit.begin(draft.step)
-            directory, commit = self._steps.directory, self._commit
-            parts = sliced(parts)
-            args = to_write(jax.tree.unflatten(structure, [slot.to_disk() for slot in parts]), extra)
-            manager = self._manager = self._manager or writer(directory, commit, compress=self._compress)
-            started = self._write(manager, draft.step, args, parts)
+            directory, commit, gate = self._steps.directory, self._commit, self._gate
+            manager = self._manager = self._manager or writer(directory, commit, gate, compress=self._compress)
+            # Agreed on: Orbax has the processes meet, and the others would wait there for one that has failed by now.
+            args, started = all_succeed(self._steps.key("begun"), partial(_begun, parts, structure, extra))
+            self._write(manager, draft.step, args)
         if self.step is None:
             return
 
@@ -173,18 +172,15 @@ class Saver:
             self._manager.close()
             self._manager = None
 
-    def _write(
-        self, manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite, parts: Sequence[Slot]
-    ) -> Started:
-        """Begins the digests of a state; has Orbax copy it and begin to write."""
-        # Once Orbax writes, its threads contend with this one: little is to be left to do then.
-        started = start(parts)
-        if not manager.save(step, args=args):
+    def _write(self, manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> None:
+        """Has Orbax copy a state, and begin to write it."""
+        with self._gate.closed():
+            is_saved = manager.save(step, args=args)
+        if not is_saved:
             raise CheckpointError(
                 f"step {step}: Orbax did not save it in {self._steps.directory}, which holds "
                 f"{short(self._steps.sealed())}"
             )
-        return started
 
     def _tidy(self) -> None:
         """After a step was sealed, when nothing is left to be told of it."""
@@ -219,7 +215,7 @@ class Saver:
             step, self.step = self.step, None
             place, self._place = self._place, None
             assert step is not None
-            if isinstance(error, CheckpointError) and not isinstance(error, OSError) and stage != "wait":
+            if isinstance(error, CheckpointError) and not isinstance(error, OSError) and stage == "prepare":
                 raise
             failure = save_error(self._steps, step, error, place)  # While the disk is as full as it was.
             if stage != "prepare" and self._holds_lock():
@@ -230,3 +226,10 @@ class Saver:
             self._failure = failure
             expect(self._steps, partial(raise_it, failure))
             log.warning("%s; going on without it", failure)
+
+
+def _begun(parts: Sequence[Slot], structure: jax.tree_util.PyTreeDef, extra: Any) -> tuple[ocp.args.Composite, Started]:
+    """What Orbax is to write of a state, and its digests, under way."""
+    parts = sliced(parts)
+    args = to_write(jax.tree.unflatten(structure, [slot.to_disk() for slot in parts]), extra)
+    return args, start(parts)

@@ -10,23 +10,25 @@ from etils import epath
 
 from shardadam.checkpoint import reading
 from shardadam.checkpoint.commit import Commit
+from shardadam.checkpoint.gate import Gate
 
 # Of a file with array data, once it is full. Orbax's own limit makes one file of most states, which one core hashes
 # after all is written; of several, most are hashed meanwhile, and side by side.
 _FILE_BYTES, _MOST_BYTES = 2**25, 2**31
 
 
-def writer(directory: epath.Path, commit: Commit, *, compress: bool) -> ocp.CheckpointManager:
+def writer(directory: epath.Path, commit: Commit, gate: Gate, *, compress: bool) -> ocp.CheckpointManager:
     """Orbax's writer of the steps in a directory.
 
     Args:
       directory: the `Checkpointer`'s.
       commit: what the processes say to each other of each step.
+      gate: what writers of arrays wait at.
       compress: by zstd, as Orbax does otherwise. Of float32 that saves 8%, and takes most of a save's and a restore's
         time.
     """
     handlers = {
-        reading.STATE: commit.watch(ocp.PyTreeCheckpointHandler(use_compression=compress)),
+        reading.STATE: commit.watch(gate.hold(ocp.PyTreeCheckpointHandler(use_compression=compress))),
         reading.EXTRA: commit.watch(ocp.JsonCheckpointHandler()),
     }
     # Directories are made before `save` returns: where they cannot be, Orbax's threads would wait for them for ever,

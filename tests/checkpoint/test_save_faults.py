@@ -232,15 +232,17 @@ def test_a_directory_that_is_removed_while_it_is_saved_in(tmp_path, monkeypatch,
 
 
 def test_a_directory_that_is_replaced_is_the_cause_of_what_orbax_fails_with(tmp_path, monkeypatch):
-    directory, replaced = tmp_path / "steps", threading.Event()
+    directory, written, replaced = tmp_path / "steps", threading.Event(), threading.Event()
 
     def finds_no_files(self, directory):
+        written.set()
         assert replaced.wait(200)
         raise ValueError("Save failed: 1/1 params are missing .zarray in checkpoint:\nx.")
 
     checkpointer = Checkpointer(directory)
     monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "finalize", finds_no_files)
     checkpointer.save(1, SMALL)
+    assert written.wait(200)
     directory.rename(tmp_path / "elsewhere")
     directory.mkdir()
     replaced.set()

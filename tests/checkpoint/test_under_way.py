@@ -4,7 +4,6 @@ import dataclasses
 import gc
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from conftest import no_root
 
-from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, saving, sealing, turns
+from shardadam.checkpoint import Checkpointer, CheckpointError, SaveError, saving, sealing
 from shardadam.checkpoint.holder import Holder
 
 
@@ -120,24 +119,3 @@ def test_a_save_that_cannot_begin_leaves_nothing_that_waits(open_place):
             time.sleep(0.05)
         checkpointer.save(3, state(3), wait=True)
         assert checkpointer.all_steps() == [1, 3]
-
-
-def test_threads_take_short_turns_while_a_save_begins_and_only_then(tmp_path, monkeypatch):
-    usual, seen = sys.getswitchinterval(), []
-    write = saving.Saver._write
-
-    def seeing(*args):
-        seen.append(sys.getswitchinterval())
-        with turns.short_turns():  # As of another save, in another thread.
-            seen.append(sys.getswitchinterval())
-        seen.append(sys.getswitchinterval())
-        return write(*args)
-
-    monkeypatch.setattr(saving.Saver, "_write", seeing)
-    with Checkpointer(tmp_path) as checkpointer:
-        checkpointer.save(1, state(1))
-        assert seen == pytest.approx([1e-4] * 3, rel=0.1)
-        assert sys.getswitchinterval() == usual
-        with pytest.raises(CheckpointError, match="steps must ascend"):
-            checkpointer.save(1, state(1))
-    assert sys.getswitchinterval() == usual

@@ -15,13 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import PartitionSpec as P
 from trees import by_path, flip_a_bit, random_tree
 
 import shardadam
 from shardadam import runtime
-from shardadam.checkpoint import CheckpointError, NotFiniteError, SaveError
+from shardadam.checkpoint import CheckpointError, NotFiniteError, SaveError, saving
 from shardadam.checkpoint.shared import check_shared
 from shardadam.checkpoint.steps import Steps
 from shardadam.sharding import named_sharding
@@ -169,6 +170,22 @@ def a_process_that_can_write_no_more(directory, state):
         assert checkpointer.all_steps() == [1, 3]
 
 
+def a_process_that_cannot_begin(directory, state, module, name):
+    """The last process has no room for a copy: the save ends in all at once, and all save again."""
+
+    def no_room(*_, **__):
+        raise MemoryError("no room for a copy")
+
+    with pytest.MonkeyPatch.context() as patch, shardadam.Checkpointer(directory) as checkpointer:
+        if jax.process_index() == jax.process_count() - 1:
+            patch.setattr(module, name, no_room)
+        with pytest.raises(SaveError, match=r"step 1: not saved in .*MemoryError: no room for a copy"):
+            checkpointer.save(1, state, wait=True)
+        patch.undo()
+        checkpointer.save(2, state, wait=True)
+        assert checkpointer.all_steps() == [2]
+
+
 def keys_that_each_process_has_for_itself(directory, mesh):
     """As `jax.random.key` makes them: Orbax saves no arrays that only one process knows."""
     state = {
@@ -226,6 +243,8 @@ if __name__ == "__main__":
     small = {"x": everywhere(np.arange(2**12, dtype=np.float32), mesh, P("data"))}
     a_disk_that_is_full(f"{write}-full", small)
     a_process_that_can_write_no_more(f"{write}-limit", small)
+    a_process_that_cannot_begin(f"{write}-slices", small, saving, "sliced")
+    a_process_that_cannot_begin(f"{write}-copies", small, ocp.PyTreeCheckpointHandler, "async_save")
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     damage_is_found_by_all(f"{write}-damaged", mesh)
