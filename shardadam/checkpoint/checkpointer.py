@@ -143,8 +143,7 @@ class Checkpointer:
             `wait`, `save` or `close`.
 
         Raises:
-          CheckpointError: the step, or a later one, is there already, another run writes in the directory, or Orbax did
-            not save.
+          CheckpointError: the step, or a later one, is there already, or another run writes in the directory.
           NotFiniteError: a CheckpointError, of the save before this one; with `wait`, of this one.
           TypeError: `extra` is not JSON.
           ValueError: the checkpointer is closed, `step` is negative, or a leaf cannot be saved: packed with no plan,

@@ -26,10 +26,11 @@ class Commit:
         self._key = key
         self._name = ""
         self._has_failed = False
+        self._not_begun: Exception | None = None
 
     def begin(self, step: int) -> None:
         """From now on it is about this step. All processes call it."""
-        self._name, self._has_failed = self._key(f"step {step} is written"), False
+        self._name, self._has_failed, self._not_begun = self._key(f"step {step} is written"), False, None
 
     def barrier(self, *, key: str, timeout_ms: int) -> None:
         """For Orbax's `AsyncOptions`.
@@ -44,20 +45,28 @@ class Commit:
             ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def watch(self, handler: Any) -> Any:
-        """An Orbax handler, whose failures are all raised by what waits for it, and told to the other processes."""
+        """An Orbax handler, whose failures the other processes are told of. Of one to begin ask `check`."""
         begin = handler.async_save
 
         async def async_save(*args: Any, **kwargs: Any) -> Sequence[Any] | None:
             try:
                 parts = await begin(*args, **kwargs)
-            except Exception as error:  # noqa: BLE001 - raised when it is waited for
+            except Exception as error:  # noqa: BLE001 - raised by `check`
                 # Raised here, it would leave the others where Orbax has them all meet before `save` returns.
+                self._not_begun = error
                 parts = [Future()]
                 parts[0].set_exception(error)
+                self._failed(error)
             return None if parts is None else [_Watched(part, self._failed) for part in parts]
 
         handler.async_save = async_save
         return handler
+
+    def check(self) -> None:
+        """Raises what a handler has failed with in the beginning of this process's part; after Orbax's `save`."""
+        error, self._not_begun = self._not_begun, None
+        if error is not None:
+            raise error
 
     def _failed(self, error: BaseException) -> None:
         if not self._has_failed:

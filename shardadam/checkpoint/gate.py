@@ -1,12 +1,13 @@
-"""Holds Orbax's writers back while a save begins: the loop waits for its end, and they would contend with it."""
+"""Holds Orbax's writers of leaves back while a save begins: the loop waits for its end, and they contend with it."""
 
 import contextlib
+import copy
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
-from pathlib import PurePath
 from typing import Any
 
-from etils import epath
+import orbax.checkpoint as ocp
 
 _LONGEST = 10.0  # seconds that writers are held: it is a matter of speed, and must not be one of hanging.
 
@@ -15,45 +16,50 @@ class Gate:
     """What writers wait for, between the copying of a state off its devices and the writing of it."""
 
     def __init__(self) -> None:
-        self._opened: Future[None] = Future()
+        self._opening = _Opening()
 
     @contextlib.contextmanager
     def closed(self) -> Iterator[None]:
-        """Within, what a handler that is held has copied is not written; nor after it, where something fails within."""
-        self._opened = opened = Future()
+        """Within, what has been copied is not written; nor after it, where something fails within."""
+        self._opening = opening = _Opening()
         try:
             yield
         except BaseException:
-            opened.cancel()
+            opening.cancel()
             raise
-        opened.set_result(None)
+        opening.set_result(None)
 
-    def hold(self, handler: Any) -> Any:
-        """An Orbax handler that takes deferred paths, which saves only within `closed`, and writes after it."""
-        begin = handler.async_save
+    def held(self) -> ocp.type_handlers.TypeHandlerRegistry:
+        """Orbax's handlers of leaves, which save only within `closed`, and write after it."""
+        kinds = ocp.type_handlers.supported_types()
+        handlers = [(kind, self._hold(ocp.type_handlers.get_type_handler(kind))) for kind in kinds]
+        return ocp.type_handlers.create_type_handler_registry(*handlers)
 
-        async def async_save(directory: epath.Path, *args: Any, **kwargs: Any) -> Sequence[Any] | None:
-            return await begin(_Later(directory, self._opened), *args, **kwargs)
+    def _hold(self, handler: ocp.type_handlers.TypeHandler) -> ocp.type_handlers.TypeHandler:
+        handler = copy.copy(handler)
+        begin = handler.serialize
 
-        handler.async_save = async_save
+        async def serialize(values: Sequence[Any], infos: Sequence[Any], args: Any = None) -> Sequence[Any]:
+            # Writers wait for their directory, which is there: copies, as others ask them for it, too.
+            infos = [info.replace(await_path_creation=self._opening.wait) for info in infos]
+            return await begin(values, infos, args)
+
+        handler.serialize = serialize
         return handler
 
 
-class _Later:
-    """A directory as Orbax's handlers take one that is still to be made, its `PathAwaitingCreation`."""
+class _Opening(Future[None]):
+    """Of a gate, for one save."""
 
-    def __init__(self, path: epath.Path, opened: Future[None]) -> None:
-        self.path, self._opened = path, opened
+    def __init__(self) -> None:
+        super().__init__()
+        self._until = time.monotonic() + _LONGEST
 
-    def __truediv__(self, name: str | PurePath) -> "_Later":
-        return _Later(self.path / name, self._opened)
-
-    async def await_creation(self) -> epath.Path:
+    async def wait(self) -> None:
         """Called in the threads that write, each of which has its own event loop and nothing else to do.
 
         Raises:
           CancelledError: the save did not begin. Orbax's threads end with it, and log nothing.
         """
         with contextlib.suppress(TimeoutError):
-            self._opened.result(_LONGEST)
-        return self.path
+            self.result(max(0.0, self._until - time.monotonic()))

@@ -89,8 +89,7 @@ class Saver:
           allow_nonfinite: seal it though there is NaN or infinity in it.
 
         Raises:
-          CheckpointError: a step of that number or a later one is there, another run writes in the directory, or Orbax
-            did not save.
+          CheckpointError: a step of that number or a later one is there, or another run writes in the directory.
           SaveError: it failed, and failures are raised.
         """
         self.step = draft.step
@@ -103,12 +102,7 @@ class Saver:
             return
         described = [(slot.path, *slot.on_disk) for slot in parts]  # And no arrays, which may be donated.
         with self._surfacing("start"):
-            self._commit.begin(draft.step)
-            directory, commit, gate = self._steps.directory, self._commit, self._gate
-            manager = self._manager = self._manager or writer(directory, commit, gate, compress=self._compress)
-            # Agreed on: Orbax has the processes meet, and the others would wait there for one that has failed by now.
-            args, started = all_succeed(self._steps.key("begun"), partial(_begun, parts, structure, extra))
-            self._write(manager, draft.step, args)
+            manager, args, started = self._write(draft.step, parts, structure, extra)
         if self.step is None:
             return
 
@@ -172,15 +166,23 @@ class Saver:
             self._manager.close()
             self._manager = None
 
-    def _write(self, manager: ocp.CheckpointManager, step: int, args: ocp.args.Composite) -> None:
-        """Has Orbax copy a state, and begin to write it."""
-        with self._gate.closed():
+    def _write(
+        self, step: int, parts: Sequence[Slot], structure: jax.tree_util.PyTreeDef, extra: Any
+    ) -> tuple[ocp.CheckpointManager, ocp.args.Composite, Started]:
+        """Begins the digests of a state, and has Orbax copy it; once this returns, Orbax's writers begin."""
+        self._commit.begin(step)
+        directory, commit, gate = self._steps.directory, self._commit, self._gate
+        manager = self._manager = self._manager or writer(directory, commit, gate, compress=self._compress)
+        # Agreed on: Orbax has the processes meet, and the others would wait there for one that has failed by now.
+        args, started = all_succeed(self._steps.key("begun"), partial(_begun, parts, structure, extra))
+        with gate.closed():
             is_saved = manager.save(step, args=args)
+            commit.check()
         if not is_saved:
-            raise CheckpointError(
-                f"step {step}: Orbax did not save it in {self._steps.directory}, which holds "
-                f"{short(self._steps.sealed())}"
+            raise SaveError(
+                f"step {step}: Orbax did not save it in {directory}, which holds {short(self._steps.sealed())}"
             )
+        return manager, args, started
 
     def _tidy(self) -> None:
         """After a step was sealed, when nothing is left to be told of it."""
@@ -202,7 +204,7 @@ class Saver:
 
     @contextlib.contextmanager
     def _surfacing(self, stage: Literal["prepare", "start", "wait"]) -> Iterator[None]:
-        """What fails within is raised, or warned of, as a SaveError; what is refused is raised as it is.
+        """What fails within is raised, or warned of, as a SaveError; what "prepare" refuses is raised as it is.
 
         Leaves the manager that failed: it thinks the step is there.
         """

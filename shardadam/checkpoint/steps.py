@@ -201,10 +201,13 @@ def remove_partial(steps: Steps, step: int | None = None) -> None:
 
 
 def make_room(steps: Steps, step: int) -> None:
-    """Makes sure that a step can be saved: nothing of that number or a greater one is there, saved or not.
+    """Makes sure that a step can be saved: nothing of that number or a greater one is there, and its directory can be.
+
+    If it could not, Orbax would find that in process 0, and the others would wait for ever.
 
     Raises:
       CheckpointError: it, or a later one, is saved.
+      OSError: what the operating system has against a directory.
     """
     remove_retired(steps)
     remove_partial(steps)
@@ -227,6 +230,10 @@ def make_room(steps: Steps, step: int) -> None:
     for left in in_the_way:
         why = "its directory is gone" if left in seals else "it has no seal: a run was ended in this save"
         steps.set_aside(left, f"{why}, or its seal was lost; in the way of step {step}")
+    if is_local(steps.directory):
+        probe = steps.directory / f"{step}{PARTIAL}"  # Orbax's name of it.
+        probe.mkdir()
+        probe.rmdir()
 
 
 def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> list[int]:

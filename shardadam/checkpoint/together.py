@@ -45,7 +45,10 @@ def on_every_process(name: str, work: Callable[[], Any], *, timeout_seconds: flo
     said, failure = _said(work)
     answers = [json.loads(text) for text in runtime.from_every_process(name, said, timeout_seconds=timeout_seconds)]
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # Or it would keep itself, and all that `work` holds, alive.
     _check(answers)
     return [answer["value"] for answer in answers]
 

@@ -149,7 +149,7 @@ def test_a_save_that_orbax_refuses_leaves_the_checkpointer_usable(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "async_save", refuse)
         with pytest.raises(ValueError, match="refused") as caught:
-            checkpointer.save(1, state_of(1), wait=True)
+            checkpointer.save(1, state_of(1))
     assert "step 1: not saved" in str(caught.value)
     checkpointer.save(2, state_of(2), wait=True)
     assert checkpointer.restore(state_of(0))["x"][0, 0] == 2

@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from shardadam.checkpoint import Checkpointer, SaveError, gate
+from shardadam.checkpoint import Checkpointer, SaveError, gate, saving
 
 
 @pytest.fixture
@@ -47,40 +47,54 @@ def test_nothing_is_written_before_all_has_begun(tmp_path, state, monkeypatch):
             assert written(tmp_path, step)
 
 
-@pytest.mark.usefixtures("held")
-def test_writers_of_a_save_that_fails_to_begin_end_and_write_nothing(tmp_path, state, monkeypatch, caplog):
-    begin, writers = ocp.CheckpointManager.save, []
+def at_the_end(patch, writers):
+    begin = ocp.CheckpointManager.save
 
     def failing(*args, **options):
         begin(*args, **options)
-        writers.extend(t for t in threading.enumerate() if t.name.endswith("_handler"))
-        raise OSError("no such luck")
+        fail(writers)
 
+    patch.setattr(ocp.CheckpointManager, "save", failing)
+
+
+def in_another_item(patch, writers):
+    async def failing(*_, **__):
+        await asyncio.sleep(0.2)
+        fail(writers)
+
+    patch.setattr(ocp.JsonCheckpointHandler, "async_save", failing)
+
+
+def fail(writers):
+    """Fails when threads are there that are to write, and says which."""
+    writers.extend(t for t in threading.enumerate() if t.name.endswith("_handler"))
+    raise OSError("no such luck")
+
+
+@pytest.mark.usefixtures("held")
+@pytest.mark.parametrize("fails", [at_the_end, in_another_item])
+def test_writers_of_a_save_that_fails_to_begin_end_and_write_nothing(tmp_path, state, monkeypatch, fails):
+    writers = []
     with Checkpointer(tmp_path) as checkpointer:
         with monkeypatch.context() as patch:
-            patch.setattr(ocp.CheckpointManager, "save", failing)
+            patch.setattr(saving, "remove_partial", lambda *_: None)
+            fails(patch, writers)
             with pytest.raises(SaveError, match=r"step 1: not saved in .*no such luck"):
-                checkpointer.save(1, state)
+                checkpointer.save(1, state, extra={"batch": 7})
         assert {"array_type_handler", "np_type_handler"} <= {thread.name for thread in writers}
         for thread in writers:
             threading.Thread.join(thread, 200)
             assert not thread.is_alive()
         assert written(tmp_path, 1) == []
-        assert not [record for record in caplog.records if record.exc_info]
         checkpointer.save(2, state, wait=True)
         assert checkpointer.all_steps() == [2]
 
 
-def test_writers_do_not_wait_for_ever(tmp_path, monkeypatch):
-    monkeypatch.setattr(gate, "_LONGEST", 0.01)
-    found = []
-
-    class Handler:
-        async def async_save(self, directory, args):
-            found.append((await (directory / "below").await_creation(), args))
-
-    closing = gate.Gate()
-    handler = closing.hold(Handler())
+def test_a_gate_that_stays_closed_opens_once_for_all_leaves(monkeypatch):
+    monkeypatch.setattr(gate, "_LONGEST", 1.0)
+    closing, waited = gate.Gate(), []
     with closing.closed():
-        asyncio.run(handler.async_save(tmp_path, args=1))
-    assert found == [(tmp_path / "below", 1)]
+        for _ in range(100):
+            asyncio.run(closing._opening.wait())
+            waited.append(time.monotonic())
+    assert waited[-1] - waited[0] < 50  # Of 99 more, not each a second.

@@ -186,6 +186,21 @@ def a_process_that_cannot_begin(directory, state, module, name):
         assert checkpointer.all_steps() == [2]
 
 
+def a_directory_that_cannot_be_made(directory, state):
+    """Process 0 finds it before Orbax does, with which the others would wait."""
+    in_the_way = Path(directory, "2.orbax-checkpoint-tmp")
+    with shardadam.Checkpointer(directory) as checkpointer:
+        checkpointer.save(1, state, wait=True)
+        if jax.process_index() == 0:
+            in_the_way.write_text("a file")
+        with pytest.raises(SaveError, match=r"step 2: not saved in .*File exists .*saved there: steps 1"):
+            checkpointer.save(2, state)
+        if jax.process_index() == 0:
+            in_the_way.unlink()
+        checkpointer.save(3, state, wait=True)
+        assert checkpointer.all_steps() == [1, 3]
+
+
 def keys_that_each_process_has_for_itself(directory, mesh):
     """As `jax.random.key` makes them: Orbax saves no arrays that only one process knows."""
     state = {
@@ -245,6 +260,7 @@ if __name__ == "__main__":
     a_process_that_can_write_no_more(f"{write}-limit", small)
     a_process_that_cannot_begin(f"{write}-slices", small, saving, "sliced")
     a_process_that_cannot_begin(f"{write}-copies", small, ocp.PyTreeCheckpointHandler, "async_save")
+    a_directory_that_cannot_be_made(f"{write}-directory", small)
     assert runtime.from_process_zero("index", str(jax.process_index())) == "0"
     one_directory_one_writer(write)
     damage_is_found_by_all(f"{write}-damaged", mesh)
