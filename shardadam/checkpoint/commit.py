@@ -52,11 +52,10 @@ class Commit:
             try:
                 parts = await begin(*args, **kwargs)
             except Exception as error:  # noqa: BLE001 - raised by `check`
-                # Raised here, it would leave the others where Orbax has them all meet before `save` returns.
+                # Raised here, it would leave the others where Orbax has all meet before `save` returns.
                 self._not_begun = error
                 parts = [Future()]
                 parts[0].set_exception(error)
-                self._failed(error)
             return None if parts is None else [_Watched(part, self._failed) for part in parts]
 
         handler.async_save = async_save

@@ -173,11 +173,17 @@ class Saver:
         self._commit.begin(step)
         directory, commit, gate = self._steps.directory, self._commit, self._gate
         manager = self._manager = self._manager or writer(directory, commit, gate, compress=self._compress)
-        # Agreed on: Orbax has the processes meet, and the others would wait there for one that has failed by now.
+        # Each agreed on: where processes meet, the others would wait for one that has failed by now.
+        parts = all_succeed(self._steps.key("sliced"), partial(sliced, parts))
         args, started = all_succeed(self._steps.key("begun"), partial(_begun, parts, structure, extra))
-        with gate.closed():
-            is_saved = manager.save(step, args=args)
-            commit.check()
+        try:
+            with gate.closed():
+                is_saved = manager.save(step, args=args)
+                all_succeed(self._steps.key("copied"), commit.check)
+        except Exception:
+            with contextlib.suppress(Exception):  # What has begun ends before anything else does begin.
+                manager.wait_until_finished()
+            raise
         if not is_saved:
             raise SaveError(
                 f"step {step}: Orbax did not save it in {directory}, which holds {short(self._steps.sealed())}"
@@ -232,6 +238,5 @@ class Saver:
 
 def _begun(parts: Sequence[Slot], structure: jax.tree_util.PyTreeDef, extra: Any) -> tuple[ocp.args.Composite, Started]:
     """What Orbax is to write of a state, and its digests, under way."""
-    parts = sliced(parts)
     args = to_write(jax.tree.unflatten(structure, [slot.to_disk() for slot in parts]), extra)
     return args, start(parts)
