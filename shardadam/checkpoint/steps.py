@@ -232,8 +232,8 @@ def make_room(steps: Steps, step: int) -> None:
         steps.set_aside(left, f"{why}, or its seal was lost; in the way of step {step}")
     if is_local(steps.directory):
         probe = steps.directory / f"{step}{PARTIAL}"  # Orbax's name of it.
-        probe.mkdir()
-        probe.rmdir()
+        os.mkdir(probe)
+        os.rmdir(probe)
 
 
 def to_delete(steps: Steps, max_to_keep: int | None, keep_period: int | None) -> list[int]:
